@@ -1,0 +1,178 @@
+"""The policy, the critics, and the two ways of turning imagined returns into a policy gradient."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from worldmodels.heads import ScalarHead, mlp
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy: a normal squashed by tanh."""
+
+    units: int = 128
+    """Units of each hidden layer."""
+    layers: int = 2
+    """Hidden layers."""
+    min_std: float = 0.1
+    """Smallest standard deviation, before tanh."""
+    max_std: float = 1.0
+    """Largest standard deviation, before tanh."""
+
+
+class Policy(nn.Module):
+    """feat (…,F) → a tanh-squashed normal over actions in (-1, 1).
+
+    The entropy of the squashed action falls as the mean saturates, so that the entropy bonus also keeps the mean from
+    pinning at the box's edge, which the entropy of the normal alone would not.
+    """
+
+    def __init__(self, feat_dim: int, action_dim: int, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.net = mlp([feat_dim, *[config.units] * config.layers, 2 * action_dim], last_scale=0.01)
+
+    def forward(self, feat: Float[Tensor, "*N F"]) -> tuple[Float[Tensor, "*N A"], Float[Tensor, "*N A"]]:
+        """Mean and standard deviation before the squash."""
+        mean, raw = self.net(feat).float().chunk(2, -1)
+        lowest, highest = self.config.min_std, self.config.max_std
+        # At the start raw is near 0: the shift makes the first std close to the largest one.
+        return mean, lowest + (highest - lowest) * torch.sigmoid(raw + 2.0)
+
+    def mode(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N A"]:
+        """The deterministic action."""
+        return torch.tanh(self(feat)[0])
+
+    def sample(self, feat: Float[Tensor, "*N F"]) -> tuple[Float[Tensor, "*N A"], Float[Tensor, "*N"]]:
+        """A reparametrised action and its log probability (summed over action dimensions)."""
+        mean, std = self(feat)
+        raw = mean + std * torch.randn_like(std)
+        return torch.tanh(raw), squashed_log_prob(raw, mean, std)
+
+
+def squashed_log_prob(
+    raw: Float[Tensor, "*N A"], mean: Float[Tensor, "*N A"], std: Float[Tensor, "*N A"]
+) -> Float[Tensor, "*N"]:
+    """log p(tanh(raw)) for raw ~ N(mean, std²): Haarnoja et al. 2018 (arXiv 1812.05905), appendix C, in its stable form."""
+    normal = -0.5 * ((raw - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    jacobian = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
+    return (normal - jacobian).sum(-1)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The critics: two-hot symexp heads, each with a slowly following copy."""
+
+    members: int = 2
+    """Critics; what bootstraps is the mean of the slow copies less ``pessimism`` times their half spread."""
+    pessimism: float = 0.0
+    """0: the mean of the slow copies; 1: their minimum (with two members)."""
+    units: int = 128
+    """Units of each hidden layer."""
+    layers: int = 2
+    """Hidden layers."""
+    limit: float = 6.0
+    """The bins span ±symexp(limit), in return."""
+    slow_rate: float = 0.02
+    """How far the slow copy moves towards the critic at each update."""
+
+
+class Critic(nn.Module):
+    """feat (…,F) → expected λ-return of the current policy, with a slow copy that gives the targets."""
+
+    def __init__(self, feat_dim: int, config: CriticConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.members = nn.ModuleList(
+            ScalarHead(feat_dim, config.units, layers=config.layers, limit=config.limit) for _ in range(config.members)
+        )
+        self.slow = copy.deepcopy(self.members).requires_grad_(False)
+
+    def loss(self, feat: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        """Two-hot cross entropy a row, mean over the members."""
+        return torch.stack([member.loss(feat, target) for member in self.members]).mean(0)  # type: ignore[operator]
+
+    def value(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        """What bootstraps: see :class:`CriticConfig`."""
+        values = torch.stack([member(feat) for member in self.slow])
+        if len(self.slow) == 1 or self.config.pessimism == 0:
+            return values.mean(0)
+        return values.mean(0) - self.config.pessimism * 0.5 * (values.amax(0) - values.amin(0))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the slow copy towards the critic."""
+        torch._foreach_lerp_(
+            list(self.slow.parameters()), list(self.members.parameters()), self.config.slow_rate
+        )
+
+
+class ReturnScale(nn.Module):
+    """max(1, EMA of the 5th to 95th percentile range of returns): DreamerV3's return normalisation (eq. 7)."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, rate: float = 0.01) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    @torch.no_grad()
+    def forward(self, returns: Float[Tensor, "*N"]) -> Float[Tensor, ""]:
+        """Take in a batch of returns; answer the scale."""
+        low, high = torch.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
+        self.low.lerp_(low, self.rate)
+        self.high.lerp_(high, self.rate)
+        return (self.high - self.low).clamp(min=1.0)
+
+
+class Imagined(NamedTuple):
+    """What a policy-gradient estimator sees, for N starts and H imagined decisions."""
+
+    returns: Float[Tensor, "N H"]
+    """λ-returns that follow each decision; they carry gradients when the imagination did."""
+    baseline: Float[Tensor, "N H"]
+    """The critic's value of the state each decision was made in; no gradient."""
+    log_prob: Float[Tensor, "N H"]
+    """Of the chosen action, given a fixed action; gradient to the policy."""
+    scale: Float[Tensor, ""]
+
+
+class Estimator(Protocol):
+    """A policy-gradient estimator. ``through_dynamics``: whether imagination has to carry gradients."""
+
+    through_dynamics: bool
+
+    def __call__(self, imagined: Imagined) -> Float[Tensor, "N H"]:
+        """A loss for each imagined decision."""
+        ...
+
+
+class Pathwise:
+    """Gradients of the returns through the imagined dynamics into the actions (Dreamer, arXiv 1912.01603)."""
+
+    through_dynamics = True
+
+    def __call__(self, imagined: Imagined) -> Float[Tensor, "N H"]:
+        return -imagined.returns / imagined.scale
+
+
+class Reinforce:
+    """Score-function gradients with the critic as a baseline (DreamerV3, arXiv 2301.04104, eq. 6)."""
+
+    through_dynamics = False
+
+    def __call__(self, imagined: Imagined) -> Float[Tensor, "N H"]:
+        advantage = ((imagined.returns - imagined.baseline) / imagined.scale).detach()
+        return -advantage * imagined.log_prob

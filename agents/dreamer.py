@@ -1,0 +1,246 @@
+"""A Dreamer-like agent: policy and critic learn inside the world model's imagination, from replayed states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from agents.actor_critic import (
+    Critic,
+    CriticConfig,
+    Estimator,
+    Imagined,
+    Policy,
+    PolicyConfig,
+    ReturnScale,
+    squashed_log_prob,
+)
+from agents.interface import NonFiniteLoss
+from agents.returns import lambda_return
+from worldmodels.interface import Batch, State, WorldModel
+
+
+@dataclass(frozen=True)
+class DreamerConfig:
+    """The imagination agent."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    horizon: int = 6
+    """Imagined decisions, H; keep it within the world model's rollout."""
+    starts: int = 96
+    """Replayed states that imagination starts from, an update."""
+    discount: float = 0.98
+    """γ, for one decision (not for one simulator step)."""
+    lam: float = 0.95
+    """λ of the λ-returns."""
+    entropy: float = 3e-3
+    """Weight of the entropy bonus, against returns of scale 1."""
+    replay_value_weight: float = 0.3
+    """Weight of the critic's loss on replayed rows, whose gradient reaches the encoder."""
+    model_lr: float = 1e-3
+    """Adam's learning rate for the world model."""
+    behaviour_lr: float = 5e-4
+    """Adam's learning rate for policy and critic."""
+    clip: float = 10.0
+    """Largest gradient norm, for the model, the policy and the critic each."""
+    bf16: bool = True
+    """Run the networks in bfloat16 autocast; losses, returns and the optimiser stay in float32."""
+
+
+class DreamerCarry(NamedTuple):
+    """A model state and the action that left it."""
+
+    state: State
+    action: Float[Tensor, "E A"]
+
+
+class DreamerAgent:
+    """Implements :class:`agents.interface.Agent`."""
+
+    def __init__(self, model: WorldModel, action_dim: int, estimator: Estimator, config: DreamerConfig) -> None:
+        self.model = model
+        self.config = config
+        self.estimator = estimator
+        self.device = next(model.parameters()).device
+        self.action_dim = action_dim
+        self.policy = Policy(model.feat_dim, action_dim, config.policy).to(self.device)
+        self.critic = Critic(model.feat_dim, config.critic).to(self.device)
+        self.scale = ReturnScale().to(self.device)
+        self.groups: dict[str, list[nn.Parameter]] = {
+            "model": list(model.parameters()),
+            "policy": list(self.policy.parameters()),
+            "critic": list(self.critic.members.parameters()),
+        }
+        rates = {"model": config.model_lr, "policy": config.behaviour_lr, "critic": config.behaviour_lr}
+        self.optimiser = torch.optim.Adam(
+            [{"params": params, "lr": rates[name]} for name, params in self.groups.items()], eps=1e-8, fused=True
+        )
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    def initial(self, envs: int) -> DreamerCarry:
+        return DreamerCarry(self.model.initial(envs), torch.zeros(envs, self.action_dim, device=self.device))
+
+    @torch.no_grad()
+    def act(
+        self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: DreamerCarry, *, explore: bool
+    ) -> tuple[Float[np.ndarray, "E A"], DreamerCarry]:
+        pixels = torch.as_tensor(obs, device=self.device)
+        first = torch.as_tensor(is_first, device=self.device)
+        self.model.eval()
+        with self._autocast():
+            state = self.model.observe(carry.state, carry.action, pixels, first)
+            feat = self.model.feat(state)
+            action = self.policy.sample(feat)[0] if explore else self.policy.mode(feat)
+        return action.cpu().numpy(), DreamerCarry(state, action)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def start(self, obs: Shaped[Tensor, "N *obs"]) -> None:
+        self.model.fit_normaliser(obs)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        self.model.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        with self._autocast():
+            model_loss, states, metrics = self.model.loss(batch)
+            value_loss = self._replay_value_loss(batch, self.model.feat(states))
+        (model_loss + self.config.replay_value_weight * value_loss).backward()
+        self.model.eval()  # imagining sees the normalisation that acting sees
+        with self._autocast():
+            policy_loss, critic_loss, imagined = self._behaviour_losses(self._choose_starts(states))
+        policy_loss.backward()
+        critic_loss.backward()
+        metrics |= imagined | {
+            "model_loss": model_loss.detach(),
+            "replay_value_loss": value_loss.detach(),
+        }
+        for name, params in self.groups.items():
+            metrics[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(params, self.config.clip)
+        _refuse_non_finite(metrics)
+        self.optimiser.step()
+        self.critic.follow()
+        return metrics
+
+    def _replay_value_loss(self, batch: Batch, feat: Float[Tensor, "R F"]) -> Float[Tensor, ""]:
+        """The critic's λ-return loss along the replayed rows themselves."""
+        b, t = batch.reward.shape
+        with torch.no_grad():
+            value = self.critic.value(feat).view(b, t)
+            discount = self.config.discount * (~batch.is_terminal[:, 1:]).float()
+            target = lambda_return(
+                batch.reward[:, 1:], discount, value[:, 1:], self.config.lam, cut=batch.is_last[:, 1:]
+            )
+        # An is_last row leads nowhere; row 0 has no memory in this sample.
+        mask = (~batch.is_last[:, :-1]).float()
+        mask[:, 0] = 0
+        loss = self.critic.loss(feat.view(b, t, -1)[:, :-1], target)
+        return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+    def _choose_starts(self, states: State) -> State:
+        """Random settled states, detached."""
+        settled = self.model.settled(states).float()
+        # All rows stay possible with a vanishing weight, so that the draw works when no row is settled.
+        index = torch.multinomial(settled + 1e-6, self.config.starts, replacement=len(settled) < self.config.starts)
+        return type(states)(*(x.detach()[index] for x in states))
+
+    def _behaviour_losses(self, state: State) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Imagine with the current policy; the policy's and the critic's loss."""
+        cfg = self.config
+        with _frozen(self.model), _frozen(self.critic):
+            feats, log_probs, entropies = self._imagine(state)
+            flat = feats.flatten(0, 1)
+            shape = feats.shape[:2]
+            value = self.critic.value(flat).view(shape)
+            reward = self.model.reward(feats[:, 1:].flatten(0, 1)).view(shape[0], -1)
+            discount = cfg.discount * self.model.cont(feats[:, 1:].flatten(0, 1)).view(shape[0], -1)
+            returns = lambda_return(reward, discount, value[:, 1:], cfg.lam)
+            weight = torch.cumprod(torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1]], 1), 1).detach()
+            scale = self.scale(returns)
+            loss = self.estimator(Imagined(returns, value[:, :-1].detach(), log_probs, scale))
+            policy_loss = (weight * (loss - cfg.entropy * entropies)).mean()
+        critic_loss = (weight * self.critic.loss(feats[:, :-1].detach(), returns.detach())).mean()
+        return policy_loss, critic_loss, {
+            "policy_loss": policy_loss.detach(),
+            "critic_loss": critic_loss.detach(),
+            "imagined_reward": reward.detach().mean(),
+            "imagined_return": returns.detach().mean(),
+            "return_scale": scale,
+            "policy_entropy": entropies.detach().mean(),
+        }
+
+    def _imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """H decisions from N states: features (N,H+1,F), log probabilities and entropy estimates (N,H).
+
+        The log probability is of the chosen action held fixed (what REINFORCE differentiates); the entropy estimate is
+        −log p of the reparametrised action (what pathwise gradients differentiate).
+        """
+        feats = [self.model.feat(state)]
+        log_probs, entropies = [], []
+        for _ in range(self.config.horizon):
+            mean, std = self.policy(feats[-1].detach())
+            raw = mean + std * torch.randn_like(std)
+            entropies.append(-squashed_log_prob(raw, mean, std))
+            log_probs.append(squashed_log_prob(raw.detach(), mean, std))
+            with torch.set_grad_enabled(self.estimator.through_dynamics):
+                state = self.model.imagine(state, torch.tanh(raw))
+                feats.append(self.model.feat(state))
+        return torch.stack(feats, 1), torch.stack(log_probs, 1), torch.stack(entropies, 1)
+
+    def monitors(self, batch: Batch) -> dict[str, float]:
+        self.model.eval()
+        with self._autocast():
+            return self.model.monitors(batch)
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "policy": self.policy.state_dict(),
+            "critic": self.critic.state_dict(),
+            "scale": self.scale.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.policy.load_state_dict(state["policy"])
+        self.critic.load_state_dict(state["critic"])
+        self.scale.load_state_dict(state["scale"])
+        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+
+
+def _refuse_non_finite(metrics: dict[str, Tensor]) -> None:
+    """One look at everything at once: a NaN anywhere makes the sum NaN."""
+    if not torch.isfinite(torch.stack(list(metrics.values())).sum()):
+        bad = [name for name, value in metrics.items() if not torch.isfinite(value)]
+        raise NonFiniteLoss(
+            f"{', '.join(bad)} became NaN or inf; training stopped before the weights were changed, and the last "
+            "checkpoint is good. Lower the learning rates or look at the rewards' size."
+        )
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters take no gradients inside, inputs do."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)

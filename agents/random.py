@@ -1,0 +1,44 @@
+"""The agent that knows nothing: it fills the replay before learning starts, and it is the floor of every comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from worldmodels.interface import Batch
+
+
+class RandomAgent:
+    """Uniform actions in [-1, 1], from a generator of its own. Implements :class:`agents.interface.Agent`."""
+
+    def __init__(self, action_dim: int, seed: int) -> None:
+        self.action_dim = action_dim
+        self.generator = np.random.default_rng(seed)
+
+    def initial(self, envs: int) -> tuple[()]:
+        return ()
+
+    def act(
+        self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: tuple[()], *, explore: bool
+    ) -> tuple[Float[np.ndarray, "E A"], tuple[()]]:
+        return self.generator.uniform(-1, 1, (len(is_first), self.action_dim)).astype(np.float32), carry
+
+    def start(self, obs: Shaped[Tensor, "N *obs"]) -> None:
+        pass
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def monitors(self, batch: Batch) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.bit_generator.state = state["generator"]
+
+

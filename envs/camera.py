@@ -1,0 +1,128 @@
+"""One camera per environment: its OpenGL context, its scene, and the two rendering profiles.
+
+``canonical`` is the picture that dm_control (or Gymnasium, for its own tasks) draws, pixel for pixel. ``fast`` turns
+shadows, reflections and multisampling off.
+
+Several contexts live in one process, so each picture makes its own context current first. Every context is made by
+dm_control's factory, which remembers what is current per thread: mixing it with ``mujoco.Renderer``, which also
+switches contexts but does not tell, is what corrupts pictures.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Literal
+
+import mujoco
+import numpy as np
+from jaxtyping import UInt8
+
+from envs import opengl
+
+try:
+    from dm_control import _render
+    from dm_control.mujoco import wrapper
+    from dm_control.mujoco.engine import Contexts, Physics
+except (AttributeError, ImportError, RuntimeError) as error:  # PyOpenGL without a driver raises AttributeError
+    raise opengl.no_opengl(f"{type(error).__name__} while loading it ({error})") from error
+
+Profile = Literal["fast", "canonical"]
+Image = UInt8[np.ndarray, "size size 3"]
+
+
+def apply_profile(model: mujoco.MjModel, size: int, profile: Profile) -> None:
+    """Sets the model's buffer sizes. Must come before the model's first context, which copies them.
+
+    The offscreen buffer is as large as the image in both profiles: the pictures are the same as from a larger one.
+    """
+    model.vis.global_.offwidth = model.vis.global_.offheight = size
+    if profile == "fast":
+        model.vis.quality.offsamples = 0
+        model.vis.quality.shadowsize = 0
+
+
+def fixed_view(model: mujoco.MjModel, camera: int) -> mujoco.MjvCamera:
+    """The model's camera number ``camera``; -1 is the free camera that dm_control gives every model.
+
+    Raises:
+        ValueError: the model has no such camera.
+    """
+    if not -1 <= camera < model.ncam:
+        raise ValueError(f"camera {camera} does not exist: this task has cameras -1 (free) to {model.ncam - 1}")
+    view = mujoco.MjvCamera()
+    view.fixedcamid = camera
+    if camera == -1:
+        view.type = mujoco.mjtCamera.mjCAMERA_FREE
+        mujoco.mjv_defaultFreeCamera(model, view)
+    else:
+        view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+    return view
+
+
+class Camera:
+    """Draws one model's state. The context is made at the first picture, so a state-only environment needs none.
+
+    Args:
+        model: the simulated model; ``apply_profile`` was called on it.
+        data: its state, read at each picture.
+        view: from ``fixed_view`` or filled in by hand.
+        size: image height and width.
+        physics: the dm_control physics that owns ``model``; its context is used then, because some of its tasks
+            upload terrain to it.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        data: mujoco.MjData,
+        view: mujoco.MjvCamera,
+        size: int,
+        profile: Profile,
+        physics: Physics | None = None,
+    ) -> None:
+        self._model, self._data, self._view, self._physics = model, data, view, physics
+        self._viewport = mujoco.MjrRect(0, 0, size, size)
+        self._buffer = np.empty((size, size, 3), np.uint8)
+        self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._scene = mujoco.MjvScene(model, maxgeom=2000 + 8 * model.ngeom)
+        if profile == "fast":
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._own_contexts: Contexts | None = None
+
+    def render(self) -> Image:
+        """The picture of the state as it is now; a new array each time.
+
+        Raises:
+            NoOpenGL: there is nothing to draw with.
+        """
+        contexts = self._contexts()
+        mujoco.mjv_updateScene(
+            self._model, self._data, self._option, self._perturb, self._view, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
+        with contexts.gl.make_current() as thread:
+            thread.call(self._draw, contexts.mujoco.ptr)
+        return self._buffer[::-1].copy()  # OpenGL's first row is the bottom one
+
+    def _contexts(self) -> Contexts:
+        if self._own_contexts is not None:
+            return self._own_contexts
+        try:
+            if self._physics is not None:
+                return self._physics.contexts
+            settings = self._model.vis.global_
+            gl = _render.Renderer(max_width=settings.offwidth, max_height=settings.offheight)
+            self._own_contexts = Contexts(gl, wrapper.MjrContext(SimpleNamespace(ptr=self._model), gl))
+        except (RuntimeError, mujoco.FatalError) as error:
+            raise opengl.no_opengl(str(error).rstrip(".")) from error
+        return self._own_contexts
+
+    def _draw(self, context: mujoco.MjrContext) -> None:
+        mujoco.mjr_render(self._viewport, self._scene, context)
+        mujoco.mjr_readPixels(self._buffer, None, self._viewport, context)
+
+    def close(self) -> None:
+        """Frees the context, unless it belongs to dm_control's physics. May be called twice."""
+        if self._own_contexts is not None:
+            self._own_contexts.mujoco.free()  # and with it the OpenGL context, which nothing else uses
+            self._own_contexts = None

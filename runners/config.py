@@ -1,0 +1,256 @@
+"""The configuration tree, its presets, and the one place where a configuration becomes objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+import gymnasium as gym
+import torch
+import tyro
+
+from agents.actor_critic import CriticConfig, Pathwise, PolicyConfig, Reinforce
+from agents.dreamer import DreamerAgent, DreamerConfig
+from agents.interface import Agent
+from agents.random import RandomAgent
+from envs import EnvConfig, action_repeat_of, resolve_task
+from worldmodels.lewm import LeWMConfig, build_world_model
+
+AgentName = Literal["dreamer", "random"]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """When things happen. Steps are env_steps: simulator steps, action repeat included, over all environments."""
+
+    prefill: int = 5_000
+    """Env_steps of random actions before learning starts."""
+    pretrain: int = 100
+    """Updates on the prefilled rows before the policy acts."""
+    train_ratio: float = 102.4
+    """Replayed rows for each agent step; updates per agent step are train_ratio / (batch × length)."""
+    batch: int = 16
+    """Sequences in an update, B."""
+    length: int = 16
+    """Rows of a sequence, T."""
+    capacity: int = 100_000
+    """Rows that the replay holds, over all environments; 12.3 kB each at 64×64 pixels."""
+    log_every: int = 2_000
+    """Env_steps between rows of metrics.jsonl."""
+    eval_every: int = 10_000
+    """Env_steps between evaluations."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation, with the deterministic policy."""
+    checkpoint_every: int = 10_000
+    """Env_steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train an agent on a task. The same command on the same --run-dir goes on where it stopped."""
+
+    task: str = "dmc/cartpole-swingup"
+    """dmc/<domain>-<task>, mujoco/<Id> (as mujoco/HalfCheetah-v5), or gym/<Id> with continuous actions."""
+    agent: AgentName = "dreamer"
+    """dreamer learns in imagination; random is the floor of every comparison."""
+    run_dir: str = "runs/default"
+    """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
+    env_steps: int = 200_000
+    """Budget, in env_steps (simulator steps, action repeat included, over all environments)."""
+    seed: int = 1
+    """Fixes the weights, the environments, the exploration and the sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    num_envs: int = 1
+    """Environments collecting side by side; more than one run in processes of their own."""
+    replay_device: Literal["auto", "host", "cuda"] = "auto"
+    """Where sampled images live. auto: on the GPU that learns, if they fill at most half of its free memory."""
+    threads: int = 0
+    """CPU threads that PyTorch uses. 0: all cores."""
+    preset: str = "auto"
+    """Defaults of everything else: cpu, cuda, or published; auto is cuda where there is one, else cpu."""
+    gradient: Literal["pathwise", "reinforce"] = "pathwise"
+    """How imagined returns become a policy gradient."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: LeWMConfig = field(default_factory=LeWMConfig)
+    dreamer: DreamerConfig = field(default_factory=DreamerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+
+class ConfigError(ValueError):
+    """What was asked for cannot be run. The message says why and what to do."""
+
+
+def presets() -> dict[str, Config]:
+    """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol."""
+    cuda = Config(
+        env_steps=100_000,
+        num_envs=4,
+        env=EnvConfig(render="canonical", action_repeat=2),
+        model=LeWMConfig(latent_dim=128, rollout=8, head_units=256),
+        dreamer=DreamerConfig(
+            policy=PolicyConfig(units=256),
+            critic=CriticConfig(units=256),
+            horizon=8,
+            starts=1024,
+            discount=0.99,
+            model_lr=3e-4,
+            behaviour_lr=1e-4,
+        ),
+        loop=LoopConfig(train_ratio=512, length=64),
+    )
+    return {"cpu": Config(), "cuda": cuda}
+
+
+def parse_args(args: Sequence[str]) -> Config:
+    """The command line as a Config: the preset's defaults, then what the flags say.
+
+    Exits with 2, naming the closest matches, on an unknown flag or value.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+    choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
+    name = choice.preset
+    if name == "auto":
+        cuda = choice.device == "cuda" or (choice.device == "auto" and torch.cuda.is_available())
+        name = "cuda" if cuda else "cpu"
+    table = presets()
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=3, cutoff=0.3)
+        hint = f" The closest: {', '.join(close)}." if close else ""
+        raise ConfigError(f"there is no preset {name!r}.{hint} The presets: auto, {', '.join(table)}.")
+    config = tyro.cli(Config, default=table[name], args=args, prog="python -m runners.train")
+    return dataclasses.replace(config, preset=name)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The two flags that decide the defaults of all others."""
+
+    preset: str = "auto"
+    device: str = "auto"
+
+
+def check(config: Config) -> None:
+    """Refuse impossible numbers before anything is built.
+
+    Raises:
+        ConfigError: the first one found; says the field, its value and what would do.
+        envs.UnknownTask: no such task.
+    """
+    resolve_task(config.task)
+    loop = config.loop
+    at_least: list[tuple[str, float, float]] = [
+        ("--env-steps", config.env_steps, 1),
+        ("--num-envs", config.num_envs, 1),
+        ("--threads", config.threads, 0),
+        ("--loop.batch", loop.batch, 1),
+        ("--loop.length", loop.length, 2),
+        ("--loop.pretrain", loop.pretrain, 0),
+        ("--loop.train-ratio", loop.train_ratio, 0),
+        ("--loop.capacity", loop.capacity, config.num_envs * loop.length),
+        ("--loop.log-every", loop.log_every, 1),
+        ("--loop.eval-every", loop.eval_every, 1),
+        ("--loop.eval-episodes", loop.eval_episodes, 1),
+        ("--loop.checkpoint-every", loop.checkpoint_every, 1),
+        ("--model.latent-dim", config.model.latent_dim, 1),
+        ("--model.rollout", config.model.rollout, 1),
+        ("--dreamer.horizon", config.dreamer.horizon, 1),
+        ("--dreamer.starts", config.dreamer.starts, 1),
+        ("--dreamer.critic.members", config.dreamer.critic.members, 1),
+    ]
+    for flag, value, least in at_least:
+        if value < least:
+            raise ConfigError(f"{flag} is {value}, but must be at least {least:g}")
+    repeat = action_repeat_of(config.task, config.env)
+    rows = loop.prefill // (repeat * config.num_envs)
+    if config.agent != "random" and rows < loop.length:
+        raise ConfigError(
+            f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at action "
+            f"repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; raise the one or lower the other"
+        )
+    if loop.prefill > config.env_steps and config.agent != "random":
+        raise ConfigError(f"--loop.prefill {loop.prefill} is beyond the whole budget, --env-steps {config.env_steps}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device.
+
+    Raises:
+        ConfigError: cuda was asked for and PyTorch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        build = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no usable GPU or driver"
+        raise ConfigError(f"--device cuda was asked for, but {build}; use --device auto or cpu, or install a CUDA PyTorch")
+    return torch.device(name)
+
+
+def build_agent(config: Config, observations: gym.Space, actions: gym.Space, device: torch.device) -> Agent:
+    """The objects that a configuration describes, for one environment's spaces. Variants are composed here and only here.
+
+    Raises:
+        ConfigError: observations that no world model here reads.
+    """
+    if not isinstance(observations, gym.spaces.Box):
+        raise ConfigError(f"the world model reads --env.obs pixels or state, not {observations}")
+    assert actions.shape is not None  # every task's actions are a flat Box
+    action_dim = actions.shape[0]
+    if config.agent == "random":
+        return RandomAgent(action_dim, config.seed)
+    model = build_world_model(observations.shape, action_dim, config.model).to(device)
+    estimator = {"pathwise": Pathwise, "reinforce": Reinforce}[config.gradient]()
+    return DreamerAgent(model, action_dim, estimator, config.dreamer)
+
+
+def to_json(config: Config) -> str:
+    """The whole tree, for config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of :func:`to_json`.
+
+    Raises:
+        ConfigError: not JSON, or not the fields of this version's Config.
+    """
+    try:
+        return _from_dict(Config, json.loads(text))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"this is not a LeDream config of this version: {error}") from error
+
+
+def _from_dict(kind: Any, values: Any) -> Any:
+    """A dataclass from nested plain values; tuples come back from lists."""
+    if not isinstance(values, dict):
+        raise ValueError(f"expected the fields of {kind.__name__}, got {values!r}")
+    hints = get_type_hints(kind)
+    unknown = values.keys() - {f.name for f in dataclasses.fields(kind)}
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _from_dict(hints[name], value)
+        out[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**out)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """``field: old → new`` for every field that differs, leaving out where the run lies."""
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    return [f"{name}: {before[name]} → {after[name]}" for name in before if name != "run_dir" and before[name] != after[name]]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out

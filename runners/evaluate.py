@@ -1,0 +1,107 @@
+"""Evaluate a run's checkpoint on fresh episodes.
+
+    python -m runners.evaluate --run-dir runs/a --episodes 10 --video out.mp4
+
+The last line of output is one JSON object: mean_return, std, returns, env_steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from envs import make_vector_env
+from runners.checkpoint import CheckpointError, Checkpoints
+from runners.config import ConfigError, build_agent, from_json, resolve_device
+from runners.logger import write_video
+from runners.rollout import Evaluation, evaluate
+from runners.run import configure_torch
+from runners.train import USER_ERRORS
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a run's checkpoint on fresh episodes; the last line printed is JSON."""
+
+    run_dir: str
+    """Folder of the run, as given to runners.train."""
+    episodes: int = 10
+    """Complete episodes to play."""
+    seed: int = 0
+    """Of the evaluation's episodes; a run's own evaluations use other seeds."""
+    checkpoint: Literal["latest", "best"] = "latest"
+    """best is the one whose evaluation during training scored highest: its score there is flattered, this one is not."""
+    video: str | None = None
+    """Write the first episode here, as mp4."""
+    explore: bool = False
+    """Sample the policy instead of taking its most likely action."""
+    num_envs: int = 5
+    """Environments side by side, in this process."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """CPU threads that PyTorch uses. 0: all cores."""
+
+
+def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int]:
+    """Play the episodes; also the checkpoint's env_steps.
+
+    Raises:
+        ConfigError: no run there, or impossible numbers.
+        CheckpointError: no usable checkpoint, or one of another task or size.
+    """
+    path = Path(config.run_dir)
+    file = path / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{path} is not a run: it has no config.json; give the folder that runners.train wrote")
+    if config.episodes < 1:
+        raise ConfigError(f"--episodes is {config.episodes}, but must be at least 1")
+    run = from_json(file.read_text())
+    device = resolve_device(config.device)
+    configure_torch(config.threads)
+    checkpoints = Checkpoints(path / "checkpoints")
+    found = checkpoints.best() if config.checkpoint == "best" else checkpoints.latest()
+    if found is None:
+        raise CheckpointError(f"{path} has no checkpoint yet; let runners.train reach its first one")
+    state, meta, _ = found
+    envs = make_vector_env(run.task, run.env, min(config.num_envs, config.episodes), config.seed, processes=False)
+    try:
+        agent = build_agent(run, envs.single_observation_space, envs.single_action_space, device)
+        load_agent(agent, state["agent"], meta, run.task)
+        result = evaluate(agent, envs, config.episodes, seed=config.seed, explore=config.explore)
+    finally:
+        envs.close()
+    return result, meta["env_steps"]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """0, or 1 after an error."""
+    config = tyro.cli(EvaluateConfig, args=args, prog="python -m runners.evaluate")
+    try:
+        result, env_steps = evaluate_run(config)
+        if config.video is not None:
+            if result.frames is None:
+                raise ConfigError("the run observes no pixels, so there is nothing to film; leave --video out")
+            write_video(Path(config.video), result.frames.transpose(0, 2, 3, 1), fps=15)
+            print(f"video: {config.video}")
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    answer = {
+        "mean_return": float(np.mean(result.returns)),
+        "std": float(np.std(result.returns)),
+        "returns": result.returns,
+        "env_steps": env_steps,
+    }
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Train an agent: collecting and learning alternate, with evaluations and checkpoints on the way.
+
+    python -m runners.train --task dmc/cartpole-swingup --agent dreamer --env-steps 100000 --seed 1 --run-dir runs/a
+
+The same command on an existing folder goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+
+import numpy as np
+from torch import Tensor
+
+from agents.interface import NonFiniteLoss
+from agents.random import RandomAgent
+from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
+from envs.vector import WorkerFailure
+from runners.checkpoint import CheckpointError, DiskFull
+from runners.config import Config, ConfigError, parse_args
+from runners.logger import write_video
+from runners.replay import ReplayError
+from runners.rollout import Evaluation, evaluate
+from runners.run import EVALUATION_SEED, Run
+
+USER_ERRORS = (
+    ConfigError,
+    UnknownTask,
+    UnsupportedActionSpace,
+    NoOpenGL,
+    EnvironmentFault,
+    WorkerFailure,
+    NonFiniteLoss,
+    CheckpointError,
+    ReplayError,
+    DiskFull,
+)
+"""What ends a program with one clear message instead of a traceback."""
+
+
+def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
+    """Run or resume a training to the end of its budget. None if a signal stopped it before.
+
+    Raises one of ``USER_ERRORS``; what was saved before stays as it was.
+    """
+    loop = config.loop
+    with Run(config, quiet=quiet) as run, StopOnSignal() as stop:
+        collector, agent, log = run.collector, run.agent, run.logger
+        meter = Meter()
+        prefiller = RandomAgent(collector.action_dim, config.seed)
+        while collector.env_steps < config.env_steps and not stop.asked:
+            collector.step(agent if run.learning else prefiller)
+            if not run.learning:
+                if collector.env_steps >= loop.prefill:
+                    start_learning(run)
+                continue
+            run.credit += collector.num_envs * loop.train_ratio / (loop.batch * loop.length)
+            while run.credit >= 1:
+                meter.add(agent.update(run.replay.sample(loop.batch, loop.length, run.generator)))
+                run.credit -= 1
+                run.updates += 1
+            if collector.returns:
+                run.last_return = float(np.mean(collector.returns))
+            log.progress(
+                env_steps=collector.env_steps,
+                updates=run.updates,
+                return_=run.last_return,
+                eval_return=run.last_evaluation,
+            )
+            if run.due("log", loop.log_every):
+                record(run, meter)
+            if run.due("eval", loop.eval_every):
+                assess(run)
+            if run.due("checkpoint", loop.checkpoint_every):
+                run.save()
+        if stop.asked and collector.env_steps < config.env_steps:
+            run.save()
+            log.message(f"stopped at {collector.env_steps:,} env_steps and saved; the same command goes on from here")
+            return None
+        return finish(run)
+
+
+def start_learning(run: Run) -> None:
+    """The prefill is over: fit what is fitted once, and learn from it before the policy acts."""
+    loop = run.config.loop
+    rows = run.replay.sample(min(1024, len(run.replay)), 1, run.generator)
+    run.agent.start(rows.obs.flatten(0, 1))
+    run.learning = True
+    run.credit += loop.pretrain
+    run.collector.forget()
+
+
+def record(run: Run, meter: Meter) -> None:
+    """One row of metrics: the losses' means since the last row, episodes, counters, and the collapse monitors."""
+    loop, returns = run.config.loop, run.collector.returns
+    values = meter.means()
+    if returns:
+        values["train/return"] = float(np.mean(returns))
+        returns.clear()
+    batch = run.replay.sample(loop.batch, loop.length, np.random.default_rng(run.updates))
+    values |= {f"monitor/{name}": value for name, value in run.agent.monitors(batch).items()}
+    values |= {"updates": run.updates, "agent_steps": run.collector.agent_steps, "replay_rows": len(run.replay)}
+    run.logger.metrics(values, env_steps=run.collector.env_steps)
+
+
+def assess(run: Run) -> Evaluation:
+    """Evaluate, write it down, and keep a checkpoint with the score."""
+    wall_s = run.logger.wall_s
+    env_steps, loop = run.collector.env_steps, run.config.loop
+    seed = run.config.seed + EVALUATION_SEED + env_steps
+    result = evaluate(run.agent, run.eval_envs, loop.eval_episodes, seed=seed)
+    run.last_evaluation = result.mean
+    run.logger.evaluation(env_steps=env_steps, returns=result.returns, lengths=result.lengths, wall_s=wall_s)
+    run.save(score=result.mean)
+    run.due("checkpoint", loop.checkpoint_every)
+    return result
+
+
+def finish(run: Run) -> Evaluation:
+    """The last evaluation, its video, and where everything lies."""
+    result = assess(run)
+    log = run.logger
+    text = f"evaluation: {result.mean:.1f} ± {np.std(result.returns):.1f} over {len(result.returns)} episodes"
+    log.message(f"{run.path} reached {run.collector.env_steps:,} env_steps; {text}")
+    if result.frames is not None:
+        video = run.path / "videos" / "final.mp4"
+        write_video(video, result.frames.transpose(0, 2, 3, 1), fps=15)
+        log.message(f"video: {video}")
+    log.message(f"curves: tensorboard --logdir {run.path}")
+    return result
+
+
+class Meter:
+    """Means of metrics between two rows of the log; the values stay on their device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self._count += 1
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self) -> dict[str, float]:
+        """The means, each under ``train/``; the next row starts from nothing."""
+        out = {f"train/{name}": float(value) / self._count for name, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return out
+
+
+class StopOnSignal:
+    """While entered, Ctrl-C and SIGTERM ask for an orderly stop; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopOnSignal:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """0: the budget is used up; 1: an error; 130: stopped by a signal, saved."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        return 130 if train(parse_args(sys.argv[1:] if args is None else args)) is None else 0
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

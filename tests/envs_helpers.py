@@ -1,0 +1,62 @@
+"""Environments whose every number is known, registered for ``gym/tests.envs_helpers:<Id>`` in any process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+PREFIX = "gym/tests.envs_helpers:"
+LENGTH = 5
+
+
+class Counting(gym.Env[np.ndarray, np.ndarray]):
+    """Observes its own step number; rewards with the action. Episodes of five steps, terminated when the first
+    random draw of the episode is below a half, else truncated. Its picture is as bright as the step number.
+
+    Args:
+        bad: what goes wrong at step 3: nothing, "reward" or "obs" is not finite, "crash" raises.
+        discrete, unbounded: another action space.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    render_mode = "rgb_array"
+
+    def __init__(
+        self, render_mode: str | None = None, bad: str = "", discrete: bool = False, unbounded: bool = False
+    ) -> None:
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+        limit = np.inf if unbounded else 2.0
+        self.action_space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-limit, limit, (1,), np.float32)
+        self._bad = bad
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.terminates = bool(self.np_random.random() < 0.5)
+        self._count = 0
+        return np.zeros(1), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._count += 1
+        obs, reward, over = np.array([float(self._count)]), float(action[0]), self._count == LENGTH
+        if self._count == 3:
+            if self._bad == "crash":
+                raise ArithmeticError("step three is out of order")
+            obs = np.array([np.nan]) if self._bad == "obs" else obs
+            reward = float("inf") if self._bad == "reward" else reward
+        return obs, reward, over and self.terminates, over and not self.terminates, {}
+
+    def render(self) -> np.ndarray:
+        return np.full((40, 60, 3), 10 * self._count, np.uint8)
+
+
+for _name, _kwargs in {
+    "Counting-v0": {},
+    "BadReward-v0": {"bad": "reward"},
+    "BadObs-v0": {"bad": "obs"},
+    "Crash-v0": {"bad": "crash"},
+    "Discrete-v0": {"discrete": True},
+    "Unbounded-v0": {"unbounded": True},
+}.items():
+    gym.register(_name, entry_point=Counting, kwargs=_kwargs)

@@ -1,0 +1,329 @@
+"""LeWorldModel (arXiv 2603.19312): a JEPA trained to predict its next embedding, kept from collapse by SIGReg.
+
+    encoder    o_t → z_t
+    predictor  (z_{t-K+1..t}, a_{t-K+1..t}) → ẑ_{t+1}, h_{t+1}
+    loss       ‖ẑ_{t+1} − z_{t+1}‖² + λ · SIGReg(z), with gradients through both sides: no stop-gradient, no EMA, no decoder
+
+For online control it adds a rollout loss (predictions fed back for several steps, as in V-JEPA 2-AC, arXiv 2506.09985)
+and reward and continue heads on real and on rolled-out states. A weight of 0 removes a term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from worldmodels.encoder import ConvConfig, ConvEncoder, Normaliser, StateEncoder, random_shift
+from worldmodels.heads import ContinueHead, ScalarHead
+from worldmodels.interface import Batch, Predictor, WorldModel
+from worldmodels.predictor import WindowConfig, WindowPredictor
+from worldmodels.sigreg import effective_rank, random_directions, sigreg
+from worldmodels.transformer import TransformerConfig, TransformerPredictor
+from worldmodels.vit import ViTConfig, ViTEncoder
+from worldmodels.windows import unfold_windows
+
+
+@dataclass(frozen=True)
+class LeWMConfig:
+    """The world model."""
+
+    latent_dim: int = 64
+    """Size of the latent z, D."""
+    encoder: Literal["conv", "vit"] = "conv"
+    """conv for 64×64 pixels; vit is the paper's, for 224×224. State observations are read by an MLP whatever this is."""
+    conv: ConvConfig = field(default_factory=ConvConfig)
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    predictor: Literal["window", "transformer"] = "window"
+    """window is a fast MLP; transformer is the paper's."""
+    window: WindowConfig = field(default_factory=WindowConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    sigreg_weight: float = 0.03
+    """λ, the weight of SIGReg. The statistic grows with the number of rows in a sample: changing batch or length
+    changes λ."""
+    sigreg_sample: Literal["batch", "step"] = "batch"
+    """What one sample of SIGReg is: all rows of the batch, or the rows of each time step, averaged (the paper's)."""
+    sigreg_directions: int = 128
+    """Random directions a step, M."""
+    rollout: int = 6
+    """Steps that predictions are fed back for in the rollout loss; keep the imagination horizon within it. 1: none."""
+    rollout_weight: float = 1.0
+    reward_weight: float = 1.0
+    """Weight of the reward head's loss, whose gradient reaches the encoder."""
+    cont_weight: float = 1.0
+    head_gradient: bool = True
+    """Whether reward and continue losses shape the latents; False leaves the paper's two terms alone to do so."""
+    head_units: int = 128
+    """Units of the hidden layer of the reward and continue heads."""
+    reward_limit: float = 4.0
+    """The reward head's bins span ±symexp(limit), in reward summed over the action repeat."""
+    shift_pixels: int = 0
+    """Random shift of the training images (DrQ), in pixels. 0: none."""
+
+
+PAPER = LeWMConfig(
+    latent_dim=192,
+    encoder="vit",
+    predictor="transformer",
+    sigreg_weight=0.09,
+    sigreg_sample="step",
+    sigreg_directions=1024,
+    rollout=1,
+    head_gradient=False,
+)
+"""LeWorldModel as published (arXiv 2603.19312): two loss terms, for 224×224 pixels, batches of 128 × 4 rows."""
+
+
+class LeWMState(NamedTuple):
+    """The last K latents, the actions between them, which of them exist, and the features h of the newest prediction."""
+
+    z: Float[Tensor, "B K D"]
+    action: Float[Tensor, "B K1 A"]
+    valid: Bool[Tensor, "B K"]
+    hidden: Float[Tensor, "B F"]
+
+
+class LeWorldModel(WorldModel):
+    """See the module's docstring. ``feat`` is [z, h]: the newest latent and the features it was (or would be) predicted from."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        predictor: nn.Module,
+        normaliser: Normaliser,
+        *,
+        action_dim: int,
+        config: LeWMConfig,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.action_dim = action_dim
+        self.normaliser = normaliser
+        self.encoder = encoder
+        self.predictor: Predictor = predictor  # type: ignore[assignment]
+        self.history: int = predictor.history
+        self.feat_dim = config.latent_dim + predictor.hidden_dim
+        self.reward_head = ScalarHead(self.feat_dim, config.head_units, limit=config.reward_limit)
+        self.cont_head = ContinueHead(self.feat_dim, config.head_units)
+
+    # -- acting and imagining ------------------------------------------------------------------------------------------
+
+    def initial(self, batch: int) -> LeWMState:
+        like = self.normaliser.mean
+        return LeWMState(
+            z=like.new_zeros(batch, self.history, self.config.latent_dim),
+            action=like.new_zeros(batch, self.history - 1, self.action_dim),
+            valid=torch.zeros(batch, self.history, dtype=torch.bool, device=like.device),
+            hidden=like.new_zeros(batch, self.predictor.hidden_dim),
+        )
+
+    def observe(
+        self,
+        state: LeWMState,
+        prev_action: Float[Tensor, "B A"],
+        obs: Shaped[Tensor, "B *obs"],
+        is_first: Bool[Tensor, " B"],
+    ) -> LeWMState:
+        z = self.encode(obs)
+        predicted = self._advance(state, prev_action, z)
+        keep = ~is_first[:, None]
+        return LeWMState(
+            z=predicted.z,
+            action=predicted.action,
+            # The newest slot is valid always; older ones only if no episode has started since.
+            valid=torch.cat([predicted.valid[:, :-1] & keep, torch.ones_like(keep)], 1),
+            hidden=torch.where(keep & state.valid[:, -1:], predicted.hidden, 0.0),
+        )
+
+    def imagine(self, state: LeWMState, action: Float[Tensor, "B A"]) -> LeWMState:
+        return self._advance(state, action, None)
+
+    def _advance(self, state: LeWMState, action: Tensor, z: Tensor | None) -> LeWMState:
+        """Push ``action`` and the next latent (the predicted one where ``z`` is None) into the window."""
+        actions = torch.cat([state.action, action[:, None]], 1)
+        predicted, hidden = self.predictor(state.z, actions, state.valid)
+        newest = predicted if z is None else z
+        return LeWMState(
+            z=torch.cat([state.z[:, 1:], newest[:, None]], 1),
+            action=actions[:, 1:],
+            valid=torch.cat([state.valid[:, 1:], torch.ones_like(state.valid[:, :1])], 1),
+            hidden=hidden,
+        )
+
+    def feat(self, state: LeWMState) -> Float[Tensor, "B F"]:
+        return torch.cat([state.z[:, -1], state.hidden], -1)
+
+    def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        return self.reward_head(feat)
+
+    def cont(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        return self.cont_head(feat)
+
+    def settled(self, state: LeWMState) -> Bool[Tensor, " B"]:
+        return state.valid.all(1)
+
+    def encode(self, obs: Shaped[Tensor, "N *obs"]) -> Float[Tensor, "N D"]:
+        """Latents of single observations."""
+        return self.encoder(self.normaliser(obs))
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def fit_normaliser(self, obs: Shaped[Tensor, "N *obs"]) -> None:
+        """Fit the input normaliser; once, before the first gradient step."""
+        self.normaliser.fit(obs)
+
+    def states(self, batch: Batch, z: Float[Tensor, "B T D"]) -> tuple[LeWMState, LeWMState]:
+        """The state of every row (B*T,…), and the state predicted to follow each row but the last (B*(T−1),…)."""
+        b, t, _ = z.shape
+        windows, actions, valid = unfold_windows(z, batch.action, batch.is_first, self.history)
+        predicted, hidden = self.predictor.sequence(z[:, :-1], batch.action[:, :-1], batch.is_first[:, :-1])
+        arrived = torch.where(batch.is_first[:, 1:, None], 0.0, hidden)
+        arrived = torch.cat([torch.zeros_like(arrived[:, :1]), arrived], 1)
+        now = LeWMState(z=windows, action=actions[:, :-1], valid=valid, hidden=arrived.flatten(0, 1))
+        before = [x.view(b, t, *x.shape[1:])[:, :-1].flatten(0, 1) for x in (windows, actions, valid)]
+        after = LeWMState(
+            z=torch.cat([before[0][:, 1:], predicted.flatten(0, 1)[:, None]], 1),
+            action=before[1][:, 1:],
+            valid=torch.cat([before[2][:, 1:], torch.ones_like(before[2][:, :1])], 1),
+            hidden=hidden.flatten(0, 1),
+        )
+        return now, after
+
+    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], LeWMState, dict[str, Float[Tensor, ""]]]:
+        """Mean losses over rows; see the module's docstring. Rows that follow an episode's end are never predicted."""
+        cfg = self.config
+        b, t = batch.reward.shape
+        x = self.normaliser(batch.obs.flatten(0, 1))
+        if cfg.shift_pixels:
+            x = random_shift(x, cfg.shift_pixels)
+        z = self.encoder(x).float()
+        states, after = self.states(batch, z.view(b, t, -1))
+        feats, errors, alive = self._rollout(batch, z.view(b, t, -1), after)
+        terms = {
+            "pred_loss": _masked_mean(errors[0], alive[0]),
+            "sigreg_loss": self._sigreg(z.view(b, t, -1)),
+        }
+        loss = terms["pred_loss"] + cfg.sigreg_weight * terms["sigreg_loss"]
+        if cfg.rollout > 1 and cfg.rollout_weight:
+            steps = [_masked_mean(error, mask) for error, mask in zip(errors[1:], alive[1:], strict=True)]
+            terms["rollout_loss"] = torch.stack(steps).mean()
+            loss = loss + cfg.rollout_weight * terms["rollout_loss"]
+        if cfg.reward_weight or cfg.cont_weight:
+            real = self.feat(states)
+            if not cfg.head_gradient:
+                real, feats = real.detach(), [feat.detach() for feat in feats]
+            head_terms = self._head_losses(batch, real, feats, alive)
+            terms |= head_terms
+            loss = loss + cfg.reward_weight * head_terms["reward_loss"] + cfg.cont_weight * head_terms["cont_loss"]
+        return loss, states, {name: value.detach() for name, value in terms.items()}
+
+    def _sigreg(self, z: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
+        directions = random_directions(z.shape[-1], self.config.sigreg_directions, device=z.device)
+        return sigreg(z.flatten(0, 1) if self.config.sigreg_sample == "batch" else z.transpose(0, 1), directions)
+
+    def _rollout(
+        self, batch: Batch, z: Tensor, after: LeWMState
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Open-loop predictions 1..rollout steps from every row that has that many behind it.
+
+        Returns, for each step k, the features (B,T_k,F) of the state predicted for rows k.., its squared error (B,T_k)
+        against the row's latent, and whether that row still belongs to the same episode (B,T_k). T_1 is T − 1; for
+        k > 1 it is T − rollout.
+        """
+        b, t, _ = z.shape
+        if t < 2:
+            raise ValueError(f"the world model needs sequences of at least 2 rows, got {t}")
+        steps = min(self.config.rollout, t - 1)
+        feats, errors, alive = [], [], []
+        same = ~batch.is_first
+        survive = same[:, 1:]
+        for k in range(1, steps + 1):
+            if k == 1:
+                starts = t - 1
+                predicted = after
+                state = LeWMState(*(x.view(b, t - 1, *x.shape[1:])[:, : t - steps].flatten(0, 1) for x in after))
+            else:
+                starts = t - steps
+                state = self.imagine(state, batch.action[:, k - 1 : k - 1 + starts].flatten(0, 1))
+                predicted = state
+                survive = survive[:, :starts] & same[:, k : k + starts]
+            target = z[:, k : k + starts]
+            feats.append(self.feat(predicted).view(b, starts, -1))
+            errors.append((predicted.z[:, -1].view(b, starts, -1) - target).square().mean(-1))
+            alive.append(survive)
+        return feats, errors, alive
+
+    def _head_losses(
+        self, batch: Batch, real: Tensor, rolled: list[Tensor], alive: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Reward and continue losses on real states and on rolled-out ones, each the mean of its rows."""
+        b, t = batch.reward.shape
+        going = 1.0 - batch.is_terminal.float()
+        # Row 0 of a sample and is_first rows have no memory, and no action led to them.
+        known = ~batch.is_first & (torch.arange(t, device=real.device) > 0)
+        feat = torch.cat([real, *(f.flatten(0, 1) for f in rolled)])
+        spans = [(k + 1, f.shape[1]) for k, f in enumerate(rolled)]
+        reward = torch.cat([batch.reward.flatten(), *(batch.reward[:, k : k + n].flatten() for k, n in spans)])
+        cont = torch.cat([going.flatten(), *(going[:, k : k + n].flatten() for k, n in spans)])
+        mask = torch.cat([known.flatten(), *(a.flatten() for a in alive)]).float()
+        is_real = torch.arange(len(mask), device=mask.device) < b * t
+        weight = torch.where(is_real, mask / mask[: b * t].sum().clamp(min=1), mask / mask[b * t :].sum().clamp(min=1))
+        return {
+            "reward_loss": (weight * self.reward_head.loss(feat, reward)).sum(),
+            "cont_loss": (weight * self.cont_head.loss(feat, cont)).sum(),
+        }
+
+    @torch.no_grad()
+    def monitors(self, batch: Batch) -> dict[str, float]:
+        """Collapse monitors on one batch: effective rank and variance of z, the SIGReg statistic, and the k-step open-loop
+        error relative to the latent's variance, beside the copy-last baseline."""
+        b, t = batch.reward.shape
+        z = self.encode(batch.obs.flatten(0, 1)).float()
+        _, after = self.states(batch, z.view(b, t, -1))
+        _, errors, alive = self._rollout(batch, z.view(b, t, -1), after)
+        variance = z.var(0)
+        out = {
+            "effective_rank": effective_rank(z),
+            "latent_variance_mean": variance.mean(),
+            "latent_variance_min": variance.min(),
+            "sigreg": sigreg(z, random_directions(z.shape[1], 256, device=z.device)),
+        }
+        rows = z.view(b, t, -1)
+        for k in sorted({1, len(errors)}):
+            n = errors[k - 1].shape[1]
+            copied = (rows[:, k : k + n] - rows[:, :n]).square().mean(-1)
+            out[f"open_loop_error_{k}"] = _masked_mean(errors[k - 1], alive[k - 1]) / variance.mean()
+            out[f"copy_last_error_{k}"] = _masked_mean(copied, alive[k - 1]) / variance.mean()
+        return {name: float(value) for name, value in out.items()}
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    mask = mask.float()
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def build_world_model(obs_shape: tuple[int, ...], action_dim: int, config: LeWMConfig) -> LeWorldModel:
+    """A LeWorldModel for pixels (C,H,W) or state (S,). Variants are chosen here and only here."""
+    image, dim = len(obs_shape) == 3, config.latent_dim
+    encoder: nn.Module
+    if not image:
+        encoder = StateEncoder(obs_shape[0], dim, config.conv.hidden)
+    elif config.encoder == "vit":
+        encoder = ViTEncoder(obs_shape, dim, config.vit)  # type: ignore[arg-type]
+    else:
+        encoder = ConvEncoder(obs_shape, dim, config.conv)  # type: ignore[arg-type]
+    predictor: nn.Module
+    if config.predictor == "transformer":
+        predictor = TransformerPredictor(dim, action_dim, config.transformer)
+    else:
+        predictor = WindowPredictor(dim, action_dim, config.window)
+    return LeWorldModel(
+        encoder,
+        predictor,
+        Normaliser(obs_shape, per_feature=not image),
+        action_dim=action_dim,
+        config=config,
+    )
