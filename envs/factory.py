@@ -213,11 +213,19 @@ def _common_stack(env: gym.Env, task: Task, config: EnvConfig) -> gym.Env:
     env = wrappers.RecordEpisodeStatistics(env, buffer_length=1)  # inside the repeat: it counts simulator steps
     env = wrappers.RepeatAction(env, action_repeat_of(str(task), config))
     if config.obs != "pixels" and not isinstance(env.unwrapped, dmc.DMCEnv):
-        env = wrappers.DtypeObservation(wrappers.FlattenObservation(env), np.float32)
+        env = _flat_float32(env)
     if config.obs != "state":
         env = wrappers.AddRenderObservation(env, render_only=config.obs == "pixels")
         env = _channels_first(env, config)
     return env
+
+
+def _flat_float32(env: gym.Env) -> gym.Env:
+    env = wrappers.FlattenObservation(env)
+    box = env.observation_space
+    assert isinstance(box, gym.spaces.Box)
+    space = gym.spaces.Box(box.low.astype(np.float32), box.high.astype(np.float32), dtype=np.float32)
+    return wrappers.TransformObservation(env, lambda obs: obs.astype(np.float32), space)
 
 
 def _channels_first(env: gym.Env, config: EnvConfig) -> gym.Env:

@@ -118,6 +118,7 @@ class Pictures(gym.Wrapper):
 
     def __init__(self, env: gym.Env, size: int, camera: Any | None = None) -> None:
         super().__init__(env)
+        self.metadata = {**env.metadata, "render_modes": ["rgb_array"]}
         self._size = size
         self._camera = camera
 

@@ -17,12 +17,12 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from envs import make_vector_env
+from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
 from runners.config import ConfigError, build_agent, from_json, resolve_device
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
-from runners.run import configure_torch
+from runners.run import configure_torch, load_agent
 from runners.train import USER_ERRORS
 
 
@@ -70,10 +70,10 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int]:
     if found is None:
         raise CheckpointError(f"{path} has no checkpoint yet; let runners.train reach its first one")
     state, meta, _ = found
-    envs = make_vector_env(run.task, run.env, min(config.num_envs, config.episodes), config.seed, processes=False)
+    envs = VectorEnv(run.task, run.env, min(config.num_envs, config.episodes), config.seed, processes=False)
     try:
         agent = build_agent(run, envs.single_observation_space, envs.single_action_space, device)
-        load_agent(agent, state["agent"], meta, run.task)
+        load_agent(agent, state["agent"], path)
         result = evaluate(agent, envs, config.episodes, seed=config.seed, explore=config.explore)
     finally:
         envs.close()

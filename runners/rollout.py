@@ -20,7 +20,9 @@ class ResumableVectorEnv(Protocol):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]: ...
 
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]: ...
+    def step_async(self, actions: Any) -> None: ...
+
+    def step_wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]: ...
 
     def get_state(self) -> dict[str, Any]: ...
 
@@ -38,11 +40,12 @@ class Collector:
         self.envs = envs
         self.replay = replay
         self.action_dim = action_dim
+        self.num_envs = n = envs.num_envs
         self.env_steps = 0
         self.agent_steps = 0
         self.returns: list[float] = []
         self._carry: Any = None
-        n = envs.num_envs
+        self._pending = False
         self._obs, _ = envs.reset()
         self._row = {
             "reward": np.zeros(n, np.float32),
@@ -53,24 +56,34 @@ class Collector:
         self._running_return = np.zeros(n)
 
     def step(self, agent: Agent) -> None:
-        """One agent step in every environment."""
+        """One agent step in every environment. It is only asked for here: with processes, the environments step while the
+        caller learns, and the next call takes in what they answered."""
+        self.wait()
         if self._carry is None:
-            self._carry = agent.initial(self.envs.num_envs)
+            self._carry = agent.initial(self.num_envs)
         row = self._row
         action, self._carry = agent.act(self._obs, row["is_first"], self._carry, explore=True)
         # What is answered on an is_last row is ignored: NEXT_STEP autoreset resets there.
         action = np.where(row["is_last"][:, None], 0.0, action).astype(np.float32)
         self.replay.add(obs=self._obs, action=action, **row)
-        obs, reward, terminated, truncated, info = self.envs.step(action)
         self.agent_steps += int((~row["is_last"]).sum())
+        self.envs.step_async(action)
+        self._pending = True
+
+    def wait(self) -> None:
+        """Take in the rows that the last step asked for."""
+        if not self._pending:
+            return
+        obs, reward, terminated, truncated, info = self.envs.step_wait()
+        self._pending = False
         self.env_steps += int(np.sum(info["env_steps"]))
         self._running_return += reward
         is_last = terminated | truncated
         self._row = {
             "reward": reward.astype(np.float32),
-            "is_first": row["is_last"],
+            "is_first": self._row["is_last"],
             "is_last": is_last,
-            "is_terminal": terminated.copy(),
+            "is_terminal": terminated,
         }
         self._obs = obs
         for i in np.flatnonzero(is_last):
@@ -83,6 +96,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """All that :meth:`step` depends on, the environments' state included."""
+        self.wait()
         return {
             "envs": self.envs.get_state(),
             "row": {name: torch.as_tensor(value) for name, value in self._row.items()},
@@ -99,7 +113,7 @@ class Collector:
         self._running_return = state["running_return"].numpy().copy()
         self._carry = None
         if state["carry"] is not None:
-            like = agent.initial(self.envs.num_envs)
+            like = agent.initial(self.num_envs)
             self._carry = _unflatten(like, iter(state["carry"]))
         self.env_steps, self.agent_steps = state["env_steps"], state["agent_steps"]
 

@@ -13,8 +13,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from envs import make_vector_env
-from runners.checkpoint import Checkpoints
+from agents.interface import Agent
+from envs import action_repeat_of, make_vector_env
+from envs.vector import VectorEnv
+from runners.checkpoint import CheckpointError, Checkpoints
 from runners.config import Config, ConfigError, build_agent, check, differences, from_json, resolve_device, to_json
 from runners.logger import Logger
 from runners.replay import Replay
@@ -46,7 +48,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.generator = np.random.default_rng(config.seed)
         self.envs = make_vector_env(config.task, config.env, config.num_envs, config.seed)
-        self.eval_envs = make_vector_env(
+        self.eval_envs = VectorEnv(
             config.task, config.env, min(config.loop.eval_episodes, 5), config.seed + EVALUATION_SEED, processes=False
         )
         self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)
@@ -59,10 +61,13 @@ class Run:
         self.last_evaluation: float | None = None
         saved = self.checkpoints.latest() if resumed else None
         self.replay = self._open_replay(fresh=saved is None)
+        mirror = {"auto": None, "host": False, "cuda": True}[config.replay_device]
+        self.replay.place(self.device, mirror=mirror)
         self.collector = Collector(self.envs, self.replay, self.envs.single_action_space.shape[0])
         wall_s = 0.0
         if saved is not None:
             state, meta, _ = saved
+            load_agent(self.agent, state["agent"], self.path)
             self._load(state)
             wall_s = meta["wall_s"]
         self.logger = Logger(
@@ -102,7 +107,6 @@ class Run:
         return self.checkpoints.save(self.collector.env_steps, state, meta, score)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.agent.load_state_dict(state["agent"])
         self.replay.truncate_to(state["replay"])
         self.collector.load_state_dict(state["collector"], self.agent)
         self.updates, self.credit, self.learning = state["updates"], state["credit"], state["learning"]
@@ -113,17 +117,21 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_random"])
 
     def _open_replay(self, *, fresh: bool) -> Replay:
-        path, space = self.path / "replay", self.envs.single_observation_space
+        path, space, config = self.path / "replay", self.envs.single_observation_space, self.config
         if not fresh:
             return Replay.open(path, "r+")
         assert isinstance(space, gym.spaces.Box)
+        # Going back to the last checkpoint must not reach into rows that were overwritten since.
+        between = min(config.loop.checkpoint_every, config.loop.eval_every) // action_repeat_of(config.task, config.env)
         return Replay.create(
             path,
-            capacity=self.config.loop.capacity,
-            num_envs=self.config.num_envs,
+            capacity=config.loop.capacity,
+            num_envs=config.num_envs,
             obs_shape=space.shape,
             obs_dtype=space.dtype,
             action_dim=self.envs.single_action_space.shape[0],
+            spare=2 * between,
+            replace=True,
         )
 
     def __enter__(self) -> Run:
@@ -136,6 +144,18 @@ class Run:
         self.envs.close()
         self.eval_envs.close()
         self.replay.close()
+
+
+def load_agent(agent: Agent, state: dict[str, Any], path: Path) -> None:
+    """Give ``agent`` the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: they are of another kind or size of agent; says which parts do not fit.
+    """
+    try:
+        agent.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint in {path} is of another agent, task or size: {error}") from error
 
 
 def configure_torch(threads: int) -> None:

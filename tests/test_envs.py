@@ -187,7 +187,8 @@ def test_discount_zero_terminates() -> None:
     task, physics = env.unwrapped._env.task, env.unwrapped._env.physics  # type: ignore[attr-defined]
     assert task.get_termination(physics) is None
     physics.data.qpos[:] = physics.data.qvel[:] = 0.0  # at rest at the origin, where the task ends
-    obs, _, terminated, truncated, info = env.step(np.zeros(env.action_space.shape, np.float32))
+    physics.forward()
+    _, _, terminated, truncated, info = env.step(np.zeros(env.action_space.shape, np.float32))
     assert (terminated, truncated, info["env_steps"]) == (True, False, 1)
 
 
@@ -203,7 +204,11 @@ def test_a_falling_hopper_terminates() -> None:
 @pytest.mark.parametrize("task", [CARTPOLE, "mujoco/Hopper-v5", PREFIX + "Counting-v0"])
 def test_same_seed_same_trajectory(task: str) -> None:
     config = EnvConfig(obs="pixels", time_limit=20)
-    first, second, other = make_env(task, config, seed=1), make_env(task, config, seed=1), make_env(task, config, seed=2)
+    first, second, other = (
+        make_env(task, config, seed=1),
+        make_env(task, config, seed=1),
+        make_env(task, config, seed=2),
+    )
     rows = rollout(first, 60)
     assert_same(rows, rollout(second, 60))
     assert_same(rows, rollout(first, 60, seed=1))  # reset(seed=) starts the sequence again
@@ -238,7 +243,9 @@ def test_unknown_task_names_the_closest(task: str, closest: str) -> None:
     assert "dmc/<domain>-<task>" in str(error.value)
 
 
-@pytest.mark.parametrize("task", ["gym/Nothing-v0", "gym/no.such.module:Id-v0", "gym/", "", "dmc/", "mujoco/CartPole-v1"])
+@pytest.mark.parametrize(
+    "task", ["gym/Nothing-v0", "gym/no.such.module:Id-v0", "gym/", "", "dmc/", "mujoco/CartPole-v1"]
+)
 def test_unknown_task(task: str) -> None:
     with pytest.raises(UnknownTask):
         envs.resolve_task(task)

@@ -1,4 +1,4 @@
-"""The import rule, and the calls that could run code hidden in a file, read off the source itself.
+"""What holds for all of the source: the import rule, no call that could run code hidden in a file, shapes checked.
 
 envs, worldmodels  import no sibling        agents     → worldmodels
 runners            → agents, worldmodels, envs         benchmarks → runners and everything below
@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from agents.returns import lambda_return
+from worldmodels.sigreg import effective_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
@@ -122,6 +127,13 @@ def test_source_keeps_the_import_rule(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_loads_nothing_that_runs_code(path: Path) -> None:
     assert unsafe_loads(path.read_text(encoding="utf-8")) == []
+
+
+def test_shapes_in_signatures_are_checked_in_the_tests() -> None:
+    with pytest.raises(TypeCheckError, match="effective_rank"):
+        effective_rank(torch.zeros(2, 3, 4))
+    with pytest.raises(TypeCheckError, match="lambda_return"):
+        lambda_return(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3), 0.95)
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:

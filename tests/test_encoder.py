@@ -1,0 +1,172 @@
+"""The input normaliser, the encoders, and the random shift."""
+
+import pytest
+import torch
+from torch import nn
+
+from worldmodels.encoder import ConvConfig, ConvEncoder, Normaliser, StateEncoder, random_shift
+
+SMALL = ConvConfig(channels=(4, 6, 8), hidden=16)
+
+
+# -- the normaliser ----------------------------------------------------------------------------------------------------
+
+
+def test_pixels_lose_their_mean_image_and_take_one_scale() -> None:
+    """Two pixels of spread 4 and 1 around 100 and 20: together a spread of √8.5, which becomes 1/2."""
+    obs = torch.tensor([[104, 21], [96, 19]] * 50, dtype=torch.uint8).view(100, 1, 1, 2)
+    normaliser = Normaliser((1, 1, 2), per_feature=False)
+    assert not normaliser.fitted
+    normaliser.fit(obs)
+    assert normaliser.fitted
+    assert normaliser.mean.flatten().tolist() == [100.0, 20.0]
+    x = normaliser(obs)
+    assert x.dtype == torch.float32
+    expected = torch.tensor([4.0, 1.0]) * 0.5 / 8.5**0.5
+    torch.testing.assert_close(x[0].flatten(), expected, rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(x[1], -x[0])
+    assert float(x.std()) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_state_features_are_scaled_each() -> None:
+    obs = torch.randn(500, 3) * torch.tensor([0.01, 1.0, 300.0]) + torch.tensor([5.0, -2.0, 1000.0])
+    normaliser = Normaliser((3,), per_feature=True)
+    normaliser.fit(obs, std=0.7)
+    x = normaliser(obs)
+    torch.testing.assert_close(x.mean(0), torch.zeros(3), atol=1e-3, rtol=0.0)
+    torch.testing.assert_close(x.std(0), torch.full((3,), 0.7), rtol=1e-3, atol=0.0)
+
+
+def test_what_never_moved_keeps_its_own_units() -> None:
+    obs = torch.stack([torch.full((50,), 3.0), torch.randn(50)], 1)
+    normaliser = Normaliser((2,), per_feature=True)
+    normaliser.fit(obs)
+    assert normaliser(torch.tensor([[5.0, 0.0]]))[0, 0] == 2.0
+    still = Normaliser((1, 2, 2), per_feature=False)
+    still.fit(torch.full((4, 1, 2, 2), 9, dtype=torch.uint8))
+    assert torch.equal(still(torch.full((1, 1, 2, 2), 10, dtype=torch.uint8)), torch.ones(1, 1, 2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_one_observation_is_enough_for_a_finite_fit(per_feature: bool) -> None:
+    normaliser = Normaliser((3,), per_feature=per_feature)
+    normaliser.fit(torch.randn(1, 3))
+    assert bool(normaliser(torch.randn(5, 3)).isfinite().all())
+
+
+def test_unfitted_it_changes_nothing() -> None:
+    obs = torch.randn(4, 3)
+    assert torch.equal(Normaliser((3,), per_feature=True)(obs.clone()), obs)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_observation_itself_stays_as_it_was(dtype: torch.dtype) -> None:
+    """The batch and the replay hold the same memory."""
+    obs = (torch.rand(20, 3) * 100).to(dtype)
+    before = obs.clone()
+    normaliser = Normaliser((3,), per_feature=True)
+    normaliser.fit(obs)
+    once = normaliser(obs)
+    assert torch.equal(obs, before)
+    assert torch.equal(normaliser(obs), once)
+
+
+def test_the_fit_is_saved_and_restored() -> None:
+    one, other = Normaliser((3,), per_feature=True), Normaliser((3,), per_feature=True)
+    one.fit(torch.randn(50, 3) * 4 + 2)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(5, 3)
+    assert other.fitted
+    assert torch.equal(one(x.clone()), other(x.clone()))
+    assert not list(one.parameters()), "no optimiser moves the fit"
+
+
+# -- the encoders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projector", [False, True])
+@pytest.mark.parametrize(("size", "left"), [(48, 3), (64, 4), (84, 5)])
+def test_conv_encoder_sizes(size: int, left: int, projector: bool) -> None:
+    config = ConvConfig(channels=SMALL.channels, hidden=16, projector=projector)
+    encoder = ConvEncoder((3, size, size), 10, config)
+    assert encoder.out[0].in_features == 8 * left * left
+    assert encoder(torch.randn(2, 3, size, size)).shape == (2, 10)
+    kinds = {type(module) for module in encoder.out}
+    assert (nn.BatchNorm1d in kinds) == projector
+    assert (nn.LayerNorm in kinds) != projector
+
+
+def test_conv_encoder_of_images_that_are_not_square() -> None:
+    assert ConvEncoder((1, 32, 64), 5, SMALL)(torch.randn(3, 1, 32, 64)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("size", [4, 8, 12])
+def test_images_too_small_for_the_stages_are_refused(size: int) -> None:
+    with pytest.raises((RuntimeError, ValueError), match="Kernel size|too small"):
+        ConvEncoder((3, size, size), 10, SMALL)
+
+
+def test_conv_encoder_is_free_in_scale_and_independent_of_memory_layout() -> None:
+    """SIGReg needs latents whose norm is not fixed, so nothing normalises the last layer."""
+    encoder = ConvEncoder((3, 16, 16), 10, SMALL)
+    x = torch.randn(6, 3, 16, 16)
+    z = encoder(x)
+    assert float(z.norm(dim=1).std().detach()) > 1e-3
+    torch.testing.assert_close(z, encoder(x.to(memory_format=torch.channels_last)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z[2:3], encoder(x[2:3]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_image_matters() -> None:
+    encoder = ConvEncoder((3, 16, 16), 10, SMALL)
+    x = torch.randn(4, 3, 16, 16, requires_grad=True)
+    encoder(x).square().sum().backward()
+    assert x.grad is not None
+    # The stages' strides reach every pixel but for padding that an inactive ReLU may hide.
+    assert float((x.grad.abs().sum((0, 1)) > 0).float().mean()) > 0.9
+
+
+def test_state_encoder() -> None:
+    encoder = StateEncoder(5, 7, 16)
+    x = torch.randn(4, 5)
+    assert encoder(x).shape == (4, 7)
+    torch.testing.assert_close(encoder(x)[1:2], encoder(x[1:2]))
+
+
+# -- the random shift --------------------------------------------------------------------------------------------------
+
+
+def test_every_shift_is_a_window_of_the_image_with_replicated_edges() -> None:
+    """Pixel (i, j) holds (10·i + j); the shifted image holds the pixel at (i + dy, j + dx), clamped to the frame."""
+    h, w, pixels = 5, 7, 2
+    image = (10 * torch.arange(h)[:, None] + torch.arange(w)).float()
+    x = torch.stack([image, -image]).expand(400, 2, h, w)
+    known = {}
+    for dy in range(-pixels, pixels + 1):
+        for dx in range(-pixels, pixels + 1):
+            rows = (torch.arange(h) + dy).clamp(0, h - 1)
+            cols = (torch.arange(w) + dx).clamp(0, w - 1)
+            known[(dy, dx)] = image[rows][:, cols]
+    out = random_shift(x, pixels)
+    assert out.shape == x.shape
+    assert torch.equal(out[:, 1], -out[:, 0]), "channels move together"
+    seen = set()
+    for moved in out[:, 0]:
+        matches = [shift for shift, expected in known.items() if torch.equal(moved, expected)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert seen == set(known), "400 draws of 25 shifts see them all"
+
+
+def test_no_shift_changes_nothing() -> None:
+    x = torch.randn(3, 2, 4, 4)
+    assert torch.equal(random_shift(x, 0), x)
+
+
+def test_a_shift_comes_from_the_global_generator() -> None:
+    x = torch.randn(16, 1, 8, 8)
+    torch.manual_seed(5)
+    first = random_shift(x, 3)
+    torch.manual_seed(5)
+    assert torch.equal(first, random_shift(x, 3))
+    assert not torch.equal(first, random_shift(x, 3))

@@ -1,0 +1,153 @@
+"""Pictures: the two profiles, several environments in one process, and a machine without OpenGL."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from dm_control import suite
+
+import envs
+from envs import EnvConfig, make_env
+
+CANONICAL = {"acrobot-swingup": 0, "cartpole-swingup": 0, "walker-walk": 0, "quadruped-escape": 2, "fish-swim": 3}
+CANONICAL |= {"humanoid-walk": 0, "reacher-hard": 0, "manipulator-bring_ball": 0}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh Python with its own environment variables; an empty one is unset."""
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
+    return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, check=False)
+
+
+def pictures(env: gym.Env, steps: int = 4) -> list[np.ndarray]:
+    """The pixels of a reset and of some steps."""
+    frames = [env.reset(seed=0)[0]]
+    action = np.full(env.action_space.shape, 0.7, np.float32)
+    return frames + [env.step(action)[0] for _ in range(steps)]
+
+
+@pytest.mark.parametrize(("name", "camera"), CANONICAL.items())
+@pytest.mark.parametrize("size", [64, 100])
+def test_canonical_is_dm_controls_picture_pixel_for_pixel(name: str, camera: int, size: int) -> None:
+    raw = suite.load(*name.split("-"), task_kwargs={"random": np.random.RandomState(envs.episode_seed(0, 0))})
+    env = make_env(f"dmc/{name}", EnvConfig(size=size, render="canonical", action_repeat=2))
+    raw.reset()
+    frame, _ = env.reset()
+    for _ in range(4):
+        expected = raw.physics.render(size, size, camera_id=camera)
+        np.testing.assert_array_equal(frame, expected.transpose(2, 0, 1))
+        frame, *_ = env.step(np.full(env.action_space.shape, 0.7, np.float32))
+        for _ in range(2):
+            raw.step(env.unwrapped._env.physics.control())  # type: ignore[attr-defined]
+    env.close()
+
+
+@pytest.mark.parametrize(("name", "camera"), [("HalfCheetah-v5", "track"), ("InvertedDoublePendulum-v5", None)])
+def test_canonical_is_gymnasiums_picture_on_its_own_tasks(name: str, camera: str | None) -> None:
+    raw = gym.make(name, render_mode="rgb_array", width=64, height=64, camera_name=camera)
+    env = make_env(f"mujoco/{name}", EnvConfig(render="canonical"))
+    raw.reset(seed=envs.episode_seed(0, 0))
+    action = np.full(raw.action_space.shape, 0.7, np.float32) * raw.action_space.high  # type: ignore[attr-defined]
+    for frame in pictures(env):
+        renderer = raw.unwrapped.mujoco_renderer  # type: ignore[attr-defined]
+        if renderer.viewer is not None:
+            renderer.viewer.make_context_current()  # Gymnasium takes it for granted
+        expected = raw.render()
+        np.testing.assert_array_equal(frame, expected.transpose(2, 0, 1))  # type: ignore[union-attr]
+        raw.step(action)
+    env.close()
+    raw.close()
+
+
+@pytest.mark.parametrize("task", ["dmc/walker-walk", "dmc/cartpole-swingup", "mujoco/Hopper-v5"])
+def test_fast_shows_the_same_scene_more_plainly(task: str) -> None:
+    fast, canonical = (pictures(make_env(task, EnvConfig(render=profile)))[-1] for profile in ("fast", "canonical"))
+    assert fast.shape == canonical.shape == (3, 64, 64)
+    assert not np.array_equal(fast, canonical)
+    assert np.abs(fast.astype(int) - canonical.astype(int)).mean() < 25
+    assert np.corrcoef(fast.ravel(), canonical.ravel())[0, 1] > 0.7
+
+
+def test_cameras_differ() -> None:
+    first, second = (pictures(make_env("dmc/walker-walk", EnvConfig(camera=camera)))[0] for camera in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_environments_alive_in_one_process_do_not_disturb_each_other() -> None:
+    """Each alone, then alternating, with others opened and closed between: the pictures are the same, bit for bit."""
+    chosen = [
+        ("dmc/walker-walk", EnvConfig()),
+        ("dmc/cartpole-swingup", EnvConfig(size=84, render="canonical")),
+        ("mujoco/HalfCheetah-v5", EnvConfig()),
+        ("dmc/quadruped-escape", EnvConfig(size=32)),
+        ("mujoco/Hopper-v5", EnvConfig(render="canonical")),
+        ("dmc/walker-walk", EnvConfig()),
+    ]
+    alone = []
+    for task, config in chosen:
+        env = make_env(task, config)
+        alone.append(pictures(env))
+        env.close()
+    together = [make_env(task, config) for task, config in chosen]
+    frames: list[list[np.ndarray]] = [[env.reset(seed=0)[0]] for env in together]
+    for step in range(4):
+        passing = make_env("dmc/fish-swim", EnvConfig(size=48))
+        for env, seen in zip(together, frames, strict=True):
+            seen.append(env.step(np.full(env.action_space.shape, 0.7, np.float32))[0])
+            passing.reset()
+            if step % 2:
+                suite_physics = together[0].unwrapped._env.physics  # type: ignore[attr-defined]
+                suite_physics.render(32, 32)  # dm_control's own way to draw, through the same context
+        passing.close()
+    for seen, expected in zip(frames, alone, strict=True):
+        np.testing.assert_array_equal(seen, expected)
+    for env in together:
+        env.close()
+        env.close()  # allowed
+
+
+def test_the_backend_is_chosen_before_mujoco_is_imported() -> None:
+    code = "import os, envs, mujoco; from dm_control import _render; print(os.environ['MUJOCO_GL'], _render.BACKEND)"
+    chosen, used = run("-c", code, MUJOCO_GL="", PYOPENGL_PLATFORM="").stdout.split()
+    assert chosen == used
+    assert chosen in ("egl", "osmesa", "glfw")
+
+
+def test_program_says_the_backend() -> None:
+    answer = run("-m", "envs.rendering", "--gl", MUJOCO_GL="", PYOPENGL_PLATFORM="")
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, os.environ["MUJOCO_GL"] + "\n", "")
+
+
+def test_program_draws_and_says_how_fast() -> None:
+    answer = run("-m", "envs.rendering")
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout.splitlines()) == 1
+    for word in (f"MUJOCO_GL={os.environ['MUJOCO_GL']}", "frames/s fast", "frames/s canonical"):
+        assert word in answer.stdout
+
+
+NO_EGL = {"__EGL_VENDOR_LIBRARY_FILENAMES": "/dev/null", "PYOPENGL_PLATFORM": ""}
+"""The loader of EGL finds no driver, as on a machine that has none."""
+
+
+def test_machine_without_a_driver_gets_one_line_that_says_what_to_do() -> None:
+    answer = run("-m", "envs.rendering", MUJOCO_GL="egl", **NO_EGL)
+    assert answer.returncode == 1
+    assert len(answer.stderr.splitlines()) == 1
+    assert "apt-get install libegl1 libgles2 libosmesa6" in answer.stderr
+
+
+def test_machine_without_a_driver_can_still_simulate() -> None:
+    code = (
+        "from envs import *\n"
+        "print(make_env('dmc/walker-walk', EnvConfig(obs='state')).reset()[0].shape)\n"
+        "make_env('dmc/walker-walk')"
+    )
+    answer = run("-c", code, MUJOCO_GL="egl", **NO_EGL)
+    assert answer.stdout == "(24,)\n"
+    assert "NoOpenGL: No picture can be rendered: MUJOCO_GL=egl is set" in answer.stderr.splitlines()[-1]
