@@ -72,7 +72,9 @@ def _cpu_model() -> str:
             if name.strip() == "model name":
                 return value.strip()
     if platform.system() == "Darwin":
-        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
         if asked.returncode == 0:
             return asked.stdout.strip()
     return platform.processor() or platform.machine()

@@ -13,24 +13,23 @@ import json
 import resource
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.spaces import Box
 from rich.console import Console
-from rich.table import Table
 
 from agents.dreamer import DreamerAgent
 from agents.random import RandomAgent
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
+from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
 from benchmarks.update_parts import PARTS, time_parts
 from envs import EnvConfig, action_repeat_of, make_vector_env
 from runners.config import Config, ConfigError, build_agent, check, parse_args, resolve_device
@@ -51,69 +50,13 @@ class SpeedConfig:
     json: Path | None = None
     """Write the figures here too, with the command, the date, the machine and the whole configuration."""
     processes: int = 0
-    """Environments stepped in processes of their own in the vectorised measurement. 0: one for each core, at least 2."""
+    """Environments stepped in processes of their own in the vectorised measurement. 0: one a core, at least 2."""
     replay_rows: int = 20_000
     """Rows in the measured replay; 12.3 kB each at 64×64 pixels, in the system's folder for temporary files."""
     repeats: int = 7
     """Repeats of each measurement; the median is reported, with the lowest and the highest."""
     seconds: float = 0.4
     """Length of one repeat."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A figure: the median of its repeats with the lowest and the highest, or a single reading with neither."""
-
-    value: float
-    unit: str
-    low: float | None = None
-    high: float | None = None
-    note: str = ""
-
-
-Results = dict[str, Measurement]
-
-
-class Stopwatch:
-    """Times a piece of work: warmed up, repeated, the device waited for."""
-
-    def __init__(self, repeats: int, seconds: float, device: torch.device) -> None:
-        if repeats < 1 or seconds <= 0:
-            raise ConfigError(f"--repeats {repeats} and --seconds {seconds:g} must be at least 1 and above 0")
-        self.repeats = repeats
-        self.seconds = seconds
-        self.device = device
-
-    def calls_per_s(self, work: Callable[[], Any]) -> list[float]:
-        """Calls of ``work`` a second, one figure for each repeat, lowest first."""
-        work()
-        calls, elapsed = 0, 0.0
-        while elapsed < self.seconds / 2:
-            calls, elapsed = calls + 1, elapsed + self._time(work, 1)
-        calls = max(1, round(calls / elapsed * self.seconds))
-        return sorted(calls / self._time(work, calls) for _ in range(self.repeats))
-
-    def rate(self, work: Callable[[], Any], unit: str, per_call: float = 1.0) -> Measurement:
-        """``per_call`` units for each call, in units a second."""
-        rates = [per_call * calls for calls in self.calls_per_s(work)]
-        return Measurement(median(rates), unit, rates[0], rates[-1])
-
-    def latency(self, work: Callable[[], Any]) -> Measurement:
-        """Milliseconds a call."""
-        times = [1000 / calls for calls in reversed(self.calls_per_s(work))]
-        return Measurement(median(times), "ms", times[0], times[-1])
-
-    def _time(self, work: Callable[[], Any], calls: int) -> float:
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 # -- the suites --------------------------------------------------------------------------------------------------------
@@ -128,8 +71,8 @@ def measure_env(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
         envs = make_vector_env(run.task, env, num_envs, run.seed)
         try:
             envs.reset()
-            drawn = np.random.default_rng(run.seed).uniform(-1, 1, (64, *envs.action_space.shape)).astype(np.float32)
-            actions = itertools.cycle(drawn)
+            shape = (64, num_envs, envs.single_action_space.shape[0])
+            actions = itertools.cycle(np.random.default_rng(run.seed).uniform(-1, 1, shape).astype(np.float32))
             speed = watch.rate(lambda: envs.step(next(actions)), "frames/s", num_envs)
         finally:
             envs.close()
@@ -148,13 +91,14 @@ def measure_replay(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
     """Adding rows, and sampling batches from the memory-mapped files and from a copy on the device that learns."""
     loop, generator = run.loop, np.random.default_rng(run.seed)
     streams, steps = run.num_envs, max(loop.length, options.replay_rows // run.num_envs)
-    with tempfile.TemporaryDirectory() as folder, _new_replay(Path(folder), run, streams * steps) as (replay, spaces):
-        rows = itertools.cycle(_random_rows(*spaces, streams, generator))
-        flags = {name: np.zeros(streams, bool) for name in ("is_last", "is_terminal")}
+    observations, actions = _spaces(run)
+    with _scratch_replay(run, streams * steps, observations, actions) as replay:
+        drawn = np.random.default_rng(run.seed)
+        rows = itertools.cycle([_random_row(observations, actions, streams, drawn) for _ in range(64)])
+        never = np.zeros(streams, bool)
 
         def add(*, is_first: bool = False) -> None:
-            obs, action, reward = next(rows)
-            replay.add(obs=obs, action=action, reward=reward, is_first=np.full(streams, is_first), **flags)
+            replay.add(**next(rows), is_first=np.full(streams, is_first), is_last=never, is_terminal=never)
 
         def sample() -> Batch:
             return replay.sample(loop.batch, loop.length, generator)
@@ -162,7 +106,7 @@ def measure_replay(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
         add(is_first=True)
         for _ in range(steps - 1):
             add()
-        results = {"replay/add": replace(watch.rate(add, "rows/s", streams), note=f"{streams} streams, flushed to disk")}
+        results = {"replay/add": replace(watch.rate(add, "rows/s", streams), note="flushed to disk on the way")}
         for name, mirror in (("replay/sample", False), ("replay/sample_mirror", True)):
             replay.place(watch.device, mirror=mirror)
             speed = watch.rate(sample, "batches/s")
@@ -181,14 +125,15 @@ def measure_update(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
         total = watch.rate(lambda: agent.update(batch), "updates/s")
         total_ms = 1000 / total.value
         parts = time_parts(agent, batch, total_ms, options.repeats)
+        memory = _own_memory()
     note = f"{total_ms:.1f} ms; batch {run.loop.batch}×{run.loop.length}, gradient {run.gradient}"
     results = {"update/total": replace(total, note=note)}
     for part, ms in parts.items():
         results[f"update/{part}"] = Measurement(ms, "ms", note=f"{ms / total_ms:.0%} · {PARTS[part]}")
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(watch.device)
-        results["memory/cuda_peak"] = Measurement(peak / 2**20, "MiB", note="largest allocation of the updates")
-    return results
+        memory["memory/cuda_peak"] = Measurement(peak / 2**20, "MiB", note="allocated at once by the updates")
+    return results | memory
 
 
 def measure_act(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
@@ -204,7 +149,7 @@ def measure_act(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
                 agent.act(obs, later, carry, explore=True)
 
             latency = watch.latency(act)
-            note = f"{envs} {'environment' if envs == 1 else 'environments'}; {1000 * envs / latency.value:,.0f} actions/s"
+            note = f"E={envs}; {1000 * envs / latency.value:,.0f} actions/s"
             results[f"act/{envs}"] = replace(latency, note=note)
     return results
 
@@ -217,18 +162,31 @@ SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
 }
 
 
-def measure_memory() -> Results:
-    """The most memory that this process has held so far."""
-    kib = 1 if sys.platform != "darwin" else 1 / 1024  # macOS counts bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib / 1024
-    note = "this process, over all that was measured; cached pages of the replay's files included"
-    results = {"memory/peak_rss": Measurement(peak, "MiB", note=note)}
+def measure(run: Config, options: SpeedConfig, watch: Stopwatch, said: Callable[[str], Any] = print) -> Results:
+    """All that ``options.suite`` asks for, by name, and the most memory the process has held. ``said`` is told what is
+    being measured.
+
+    Raises one of ``runners.train.USER_ERRORS``.
+    """
+    results: Results = {}
+    for name in SUITES if options.suite == "all" else [options.suite]:
+        said(f"measuring {name} …")
+        results |= SUITES[name](run, options, watch)
+    kib = 1024 if sys.platform != "darwin" else 1  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib / 2**20
+    note = "most the process held, with cached pages of the replay's files"
+    results["memory/peak_rss"] = Measurement(peak, "MiB", note=note)
+    return dict(sorted(results.items(), key=lambda item: item[0].startswith("memory/")))
+
+
+def _own_memory() -> Results:
+    """What this process holds of its own now, without file pages; only Linux tells."""
     status = Path("/proc/self/status")
-    if status.exists():
-        anonymous = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
-        own = int(anonymous.split()[1]) / 1024
-        results["memory/own_rss"] = Measurement(own, "MiB", note="this process's own at the end, without file pages")
-    return results
+    if not status.exists():
+        return {}
+    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
+    note = "held after the updates, without file pages"
+    return {"memory/own_rss": Measurement(int(line.split()[1]) / 1024, "MiB", note=note)}
 
 
 # -- what the suites time ----------------------------------------------------------------------------------------------
@@ -236,17 +194,17 @@ def measure_memory() -> Results:
 
 @contextmanager
 def _learner(run: Config, device: torch.device) -> Iterator[tuple[DreamerAgent, Batch]]:
-    """The agent of a configuration and a batch of what a random policy saw, as training would meet them."""
+    """The agent of a configuration and a batch of what a random policy met, as training would make them."""
     steps = 2 * run.loop.length
     envs = make_vector_env(run.task, run.env, run.num_envs, run.seed)
     try:
-        with tempfile.TemporaryDirectory() as folder, _new_replay(Path(folder), run, run.num_envs * steps) as (replay, spaces):
-            torch.manual_seed(run.seed)
-            agent = build_agent(run, *spaces, device)
-            if not isinstance(agent, DreamerAgent):
-                raise ConfigError(f"--agent {run.agent} learns nothing that could be timed; use --agent dreamer or --suite env")
-            collector = Collector(envs, replay, spaces[1].shape[0])
-            prefiller = RandomAgent(spaces[1].shape[0], run.seed)
+        observations, actions = _boxes(envs.single_observation_space, envs.single_action_space)
+        torch.manual_seed(run.seed)
+        agent = build_agent(run, observations, actions, device)
+        if not isinstance(agent, DreamerAgent):
+            raise ConfigError(f"--agent {run.agent} does not learn; time --agent dreamer, or --suite env or replay")
+        with _scratch_replay(run, run.num_envs * steps, observations, actions) as replay:
+            collector, prefiller = Collector(envs, replay, agent.action_dim), RandomAgent(agent.action_dim, run.seed)
             for _ in range(steps):
                 collector.step(prefiller)
             replay.place(device)
@@ -255,3 +213,97 @@ def _learner(run: Config, device: torch.device) -> Iterator[tuple[DreamerAgent, 
         envs.close()
     agent.start(batch.obs.flatten(0, 1))
     yield agent, batch
+
+
+@contextmanager
+def _scratch_replay(run: Config, rows: int, observations: Box, actions: Box) -> Iterator[Replay]:
+    """A replay among the system's temporary files, deleted afterwards."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Replay.create(
+            Path(folder) / "replay",
+            capacity=rows,
+            num_envs=run.num_envs,
+            obs_shape=observations.shape,
+            obs_dtype=observations.dtype,
+            action_dim=actions.shape[0],
+        ) as replay,
+    ):
+        yield replay
+
+
+def _spaces(run: Config) -> tuple[Box, Box]:
+    envs = make_vector_env(run.task, run.env, 1, run.seed)
+    try:
+        return _boxes(envs.single_observation_space, envs.single_action_space)
+    finally:
+        envs.close()
+
+
+def _boxes(observations: gym.Space, actions: gym.Space) -> tuple[Box, Box]:
+    if not isinstance(observations, Box) or not isinstance(actions, Box):
+        raise ConfigError(f"a replay holds --env.obs pixels or state, not {observations}")
+    return observations, actions
+
+
+def _random_row(observations: Box, actions: Box, streams: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """obs, action and reward of one row for every stream."""
+    shape = (streams, *observations.shape)
+    pixels = observations.dtype == np.uint8
+    obs = generator.integers(0, 256, shape, np.uint8) if pixels else generator.standard_normal(shape, np.float32)
+    action = generator.uniform(-1, 1, (streams, *actions.shape)).astype(np.float32)
+    return {"obs": obs, "action": action, "reward": generator.random(streams, np.float32)}
+
+
+# -- what a person sees ------------------------------------------------------------------------------------------------
+
+
+def report(run: Config, results: Results, command: str) -> dict[str, Any]:
+    """The figures and where they come from, as JSON."""
+    provenance = {"command": command, "date": now(), "machine": machine(), "config": asdict(run)}
+    return provenance | {"results": {name: asdict(one) for name, one in results.items()}}
+
+
+def _check_options(options: SpeedConfig) -> None:
+    at_least: list[tuple[str, float, float]] = [
+        ("--processes", options.processes, 0),
+        ("--replay-rows", options.replay_rows, 1),
+        ("--repeats", options.repeats, 1),
+        ("--seconds", options.seconds, 0.001),
+    ]
+    for flag, value, least in at_least:
+        if value < least:
+            raise ConfigError(f"{flag} is {value}, but must be at least {least:g}")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """0, or 1 after an error."""
+    args = sys.argv[1:] if args is None else args
+    options, others = tyro.cli(SpeedConfig, args=args, prog="python -m benchmarks.speed", return_unknown_args=True)
+    console = Console()
+    try:
+        run = parse_args(others)
+        check(run)
+        _check_options(options)
+        device = resolve_device(run.device)
+        configure_torch(run.threads)
+        watch = Stopwatch(options.repeats, options.seconds, device)
+        results = measure(run, options, watch, lambda text: console.print(text, highlight=False))
+        content = report(run, results, command_line("benchmarks.speed", args))
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(content, indent=2) + "\n")
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    threads = torch.get_num_threads()
+    on = "" if device.type == "cuda" else f", {threads} {'thread' if threads == 1 else 'threads'}"
+    console.print(as_table(results, f"{run.task}, preset {run.preset}, on {device.type}{on}"))
+    console.print(f"{machine_line()} · torch {torch.__version__} · {content['date']}", highlight=False)
+    if options.json is not None:
+        console.print(f"written to {options.json}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

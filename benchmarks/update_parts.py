@@ -55,7 +55,7 @@ def time_parts(agent: DreamerAgent, batch: Batch, total_ms: float, repeats: int)
     with _marked(agent, agent.model) as update:
         update(batch)
         _profile(lambda: update(batch), on_gpu)  # the first one loads the profiler
-        runs = [_charge(_profile(lambda: update(batch), on_gpu), on_gpu) for _ in range(repeats)]
+        runs = [charge(_profile(lambda: update(batch), on_gpu), on_gpu) for _ in range(repeats)]
     parts: dict[Part, float] = {part: median(run[part] for run in runs) / 1000 for part in PARTS}
     if on_gpu:
         parts["other"] = max(0.0, total_ms - sum(value for part, value in parts.items() if part != "other"))
@@ -100,8 +100,8 @@ def _profile(work: Callable[[], Any], on_gpu: bool) -> list[FunctionEvent]:
     return list(profiler.events())
 
 
-def _charge(events: list[FunctionEvent], on_gpu: bool) -> dict[Part, float]:
-    """Microseconds of one update, each operator's own time charged to its part."""
+def charge(events: list[FunctionEvent], on_gpu: bool) -> dict[Part, float]:
+    """Microseconds of each part in one profiled update: every operator's own time, charged to its part."""
     lines = {event.id: _ancestry(event) for event in events}
     owner: dict[int, Part] = {}
     # An operator that makes no step of the backward pass bears the number of the next one that does: the last one wins.

@@ -83,7 +83,8 @@ class Camera:
         self._model, self._data, self._view, self._physics = model, data, view, physics
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._buffer = np.empty((size, size, 3), np.uint8)
-        self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._option = wrapper.MjvOption()  # dm_control's: unlike MuJoCo's own it does not draw rangefinders
+        self._perturb = mujoco.MjvPerturb()
         self._scene = mujoco.MjvScene(model, maxgeom=2000 + 8 * model.ngeom)
         if profile == "fast":
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0

@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float, Shaped
 
-from envs.factory import DEFAULT, EnvConfig, resolve_task
+from envs.factory import DEFAULT, EnvConfig, action_repeat_of, resolve_task
 from envs.worker import LocalSlot, ObservationBuffer, ProcessSlot, Restore, Row, Slot, Step, WorkerDied, shared_file
 from envs.wrappers import episode_seed
 
@@ -101,6 +101,7 @@ class VectorEnv(gym.vector.VectorEnv):
         else:
             for index in range(self.num_envs):
                 self._slots.append(LocalSlot(task, config, index))
+            self.metadata["render_fps"] = self._slots[0].render_fps / action_repeat_of(task, config)
         first: Slot = self._slots[0]
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)

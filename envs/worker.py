@@ -130,6 +130,8 @@ class LocalSlot:
         self._task, self._config, self._index = task, config, index
         self._env = make_env(task, config)
         self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
+        self.render_fps = float(self._env.metadata.get("render_fps", 30))
+        """Simulator steps in a second of simulated time."""
         self._command: Restore | Step | None = None
 
     def attach(self, buffer: ObservationBuffer) -> None:

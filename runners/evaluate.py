@@ -49,8 +49,8 @@ class EvaluateConfig:
     """CPU threads that PyTorch uses. 0: all cores."""
 
 
-def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int]:
-    """Play the episodes; also the checkpoint's env_steps.
+def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
+    """Play the episodes; also the checkpoint's env_steps, and the agent steps in a simulated second.
 
     Raises:
         ConfigError: no run there, or impossible numbers.
@@ -75,20 +75,21 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int]:
         agent = build_agent(run, envs.single_observation_space, envs.single_action_space, device)
         load_agent(agent, state["agent"], path)
         result = evaluate(agent, envs, config.episodes, seed=config.seed, explore=config.explore)
+        rate = float(envs.metadata["render_fps"])
     finally:
         envs.close()
-    return result, meta["env_steps"]
+    return result, meta["env_steps"], rate
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """0, or 1 after an error."""
     config = tyro.cli(EvaluateConfig, args=args, prog="python -m runners.evaluate")
     try:
-        result, env_steps = evaluate_run(config)
+        result, env_steps, rate = evaluate_run(config)
         if config.video is not None:
             if result.frames is None:
                 raise ConfigError("the run observes no pixels, so there is nothing to film; leave --video out")
-            write_video(Path(config.video), result.frames.transpose(0, 2, 3, 1), fps=15)
+            write_video(Path(config.video), result.frames.transpose(0, 2, 3, 1), fps=rate)
             print(f"video: {config.video}")
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

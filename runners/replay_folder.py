@@ -131,8 +131,8 @@ class ReplayFolder:
             free = shutil.disk_usage(folder).free
             if index.nbytes > free:
                 raise DiskFull(
-                    f"the replay {path} needs {index.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there; "
-                    "lower its capacity or choose another disk"
+                    f"the replay {path} needs {index.nbytes / 1e9:.2f} GB, but its disk has only {free / 1e9:.2f} GB "
+                    "left; lower its capacity or choose another disk"
                 )
             for name, (dtype, shape) in index.fields.items():
                 # Sparse: blocks are taken as rows come.

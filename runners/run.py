@@ -80,6 +80,11 @@ class Run:
         if saved is not None:
             self.logger.message(f"resuming {self.path} at {self.collector.env_steps:,} env_steps")
 
+    @property
+    def frame_rate(self) -> float:
+        """Agent steps in a second of simulated time, for videos at real speed."""
+        return float(self.eval_envs.metadata["render_fps"])
+
     def due(self, name: str, every: int) -> bool:
         """Whether the counter has entered a new interval of ``every`` env_steps since ``name`` was last due."""
         now = self.collector.env_steps // every

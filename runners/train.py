@@ -52,6 +52,7 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
         collector, agent, log = run.collector, run.agent, run.logger
         meter = Meter()
         prefiller = RandomAgent(collector.action_dim, config.seed)
+        newest: Evaluation | None = None
         while collector.env_steps < config.env_steps and not stop.asked:
             collector.step(agent if run.learning else prefiller)
             if not run.learning:
@@ -73,15 +74,14 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
             )
             if run.due("log", loop.log_every):
                 record(run, meter)
-            if run.due("eval", loop.eval_every):
-                assess(run)
+            newest = assess(run) if run.due("eval", loop.eval_every) else None
             if run.due("checkpoint", loop.checkpoint_every):
                 run.save()
         if stop.asked and collector.env_steps < config.env_steps:
             run.save()
             log.message(f"stopped at {collector.env_steps:,} env_steps and saved; the same command goes on from here")
             return None
-        return finish(run)
+        return finish(run, newest)
 
 
 def start_learning(run: Run) -> None:
@@ -120,15 +120,15 @@ def assess(run: Run) -> Evaluation:
     return result
 
 
-def finish(run: Run) -> Evaluation:
+def finish(run: Run, evaluation: Evaluation | None) -> Evaluation:
     """The last evaluation, its video, and where everything lies."""
-    result = assess(run)
+    result = evaluation or assess(run)
     log = run.logger
     text = f"evaluation: {result.mean:.1f} ± {np.std(result.returns):.1f} over {len(result.returns)} episodes"
     log.message(f"{run.path} reached {run.collector.env_steps:,} env_steps; {text}")
     if result.frames is not None:
         video = run.path / "videos" / "final.mp4"
-        write_video(video, result.frames.transpose(0, 2, 3, 1), fps=15)
+        write_video(video, result.frames.transpose(0, 2, 3, 1), fps=run.frame_rate)
         log.message(f"video: {video}")
     log.message(f"curves: tensorboard --logdir {run.path}")
     return result

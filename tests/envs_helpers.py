@@ -11,7 +11,7 @@ PREFIX = "gym/tests.envs_helpers:"
 LENGTH = 5
 
 
-class Counting(gym.Env[np.ndarray, np.ndarray]):
+class Counting(gym.Env[np.ndarray, Any]):
     """Observes its own step number; rewards with the action. Episodes of five steps, terminated when the first
     random draw of the episode is below a half, else truncated. Its picture is as bright as the step number.
 
@@ -20,7 +20,7 @@ class Counting(gym.Env[np.ndarray, np.ndarray]):
         discrete, unbounded: another action space.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  as Gymnasium declares it
     render_mode = "rgb_array"
 
     def __init__(

@@ -103,7 +103,7 @@ def test_conv_encoder_of_images_that_are_not_square() -> None:
 
 @pytest.mark.parametrize("size", [4, 8, 12])
 def test_images_too_small_for_the_stages_are_refused(size: int) -> None:
-    with pytest.raises((RuntimeError, ValueError), match="Kernel size|too small"):
+    with pytest.raises((RuntimeError, ValueError), match=r"Kernel size|too small"):
         ConvEncoder((3, size, size), 10, SMALL)
 
 

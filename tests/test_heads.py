@@ -65,9 +65,9 @@ def test_loss_is_the_cross_entropy_with_the_code() -> None:
     code, target = TwoHot(41, 3.0), 10 * torch.randn(64)
     target = target.clamp(-15, 15)
     logits = torch.randn(64, 41)
-    expected = torch.stack([
-        -(two_hot(code, float(y)) * row.double().log_softmax(0)).sum() for y, row in zip(target, logits, strict=True)
-    ])
+    expected = torch.stack(
+        [-(two_hot(code, float(y)) * row.double().log_softmax(0)).sum() for y, row in zip(target, logits, strict=True)]
+    )
     torch.testing.assert_close(code.loss(logits, target), expected.float(), rtol=1e-4, atol=1e-4)
 
 

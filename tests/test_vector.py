@@ -72,10 +72,10 @@ def test_rows_follow_the_timeline(processes: bool) -> None:
     obs, infos = vector.reset()
     assert obs.tolist() == [[0.0], [0.0]]
     assert infos["env_steps"].tolist() == [0, 0]
-    endings = set()
-    for t, action in enumerate(actions(4 * (LENGTH + 1), 2), start=1):
+    endings: set[tuple[bool, bool]] = set()
+    for step, action in enumerate(actions(4 * (LENGTH + 1), 2), start=1):
         obs, reward, terminated, truncated, infos = vector.step(action)
-        count = t % (LENGTH + 1)
+        count = step % (LENGTH + 1)
         assert obs.tolist() == [[count], [count]]
         np.testing.assert_array_equal(reward, 2 * action[:, 0] if count else [0.0, 0.0])
         np.testing.assert_array_equal(terminated | truncated, [count == LENGTH] * 2)
@@ -121,6 +121,7 @@ def test_environments_play_different_episodes_that_make_env_can_play_too() -> No
 def test_returned_observations_are_the_callers_own() -> None:
     vector = make_vector_env(COUNTING, STATE, 2)
     first, _ = vector.reset()
+    assert isinstance(first, np.ndarray)
     first[:] = 99
     second, *_ = vector.step(actions(1, 2)[0])
     vector.step(actions(1, 2)[0])
@@ -143,10 +144,10 @@ def test_step_in_two_halves() -> None:
 # --- being put back -------------------------------------------------------------------------------------------------
 
 
-@both_ways
+# An episode is 10 agent steps: after 10 its last row is held, after 11 the next one's first.
 @pytest.mark.parametrize(
-    "steps", [0, 7, 10, 11, 25]
-)  # an episode is 10 agent steps: 10 is its last row, 11 the next first
+    ("processes", "steps"), [(False, 0), (False, 7), (False, 10), (False, 11), (False, 25), (True, 7), (True, 10)]
+)
 def test_state_puts_every_environment_back_bit_for_bit(processes: bool, steps: int) -> None:
     config = EnvConfig(obs="both", size=32, action_repeat=2, time_limit=20)
     first = VectorEnv("dmc/walker-walk", config, 2, seed=3, processes=processes)
@@ -232,7 +233,7 @@ def test_fault_closes_the_episode_with_a_finite_row(processes: bool, task: str) 
 def test_dying_again_and_again_is_an_error(processes: bool) -> None:
     vector = VectorEnv(PREFIX + "BadReward-v0", STATE, 1, processes=processes)
     vector.reset()
-    for action in actions(15, 1):  # an episode is a first row, two good ones and the death: three deaths by now
+    for action in actions(14, 1):  # it dies at steps 3, 7, 11 and then at 15
         vector.step(action)
     with pytest.raises(WorkerFailure, match="died 4 times within 100 steps") as error:
         vector.step(actions(1, 1)[0])

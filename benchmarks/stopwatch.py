@@ -1,0 +1,94 @@
+"""A figure, how it is timed, and a table of several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A figure: the median of its repeats with the lowest and the highest, or a single reading with neither."""
+
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+Results = dict[str, Measurement]
+
+
+class Stopwatch:
+    """Times a piece of work: warmed up, repeated, the device waited for.
+
+    Args:
+        repeats: how often each measurement is repeated, at least once.
+        seconds: length of one repeat, above 0.
+        device: where the work runs.
+    """
+
+    def __init__(self, repeats: int, seconds: float, device: torch.device) -> None:
+        self.repeats = repeats
+        self.seconds = seconds
+        self.device = device
+
+    def calls_per_s(self, work: Callable[[], Any]) -> list[float]:
+        """Calls of ``work`` a second, one figure for each repeat, lowest first."""
+        work()
+        calls, elapsed = 0, 0.0
+        while elapsed < self.seconds / 2:
+            calls, elapsed = calls + 1, elapsed + self._time(work, 1)
+        calls = max(1, round(calls / elapsed * self.seconds))
+        return sorted(calls / self._time(work, calls) for _ in range(self.repeats))
+
+    def rate(self, work: Callable[[], Any], unit: str, per_call: float = 1.0) -> Measurement:
+        """``per_call`` units for each call, in units a second."""
+        rates = [per_call * calls for calls in self.calls_per_s(work)]
+        return Measurement(median(rates), unit, rates[0], rates[-1])
+
+    def latency(self, work: Callable[[], Any]) -> Measurement:
+        """Milliseconds a call."""
+        times = [1000 / calls for calls in reversed(self.calls_per_s(work))]
+        return Measurement(median(times), "ms", times[0], times[-1])
+
+    def _time(self, work: Callable[[], Any], calls: int) -> float:
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def as_table(results: Results, title: str) -> Table:
+    """One row for each figure: value, unit, lowest to highest, note."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("what", "median", "unit", "low – high"):
+        table.add_column(column, justify="right" if column in ("median", "low – high") else "left", no_wrap=True)
+    table.add_column("")
+    suite = None
+    for name, one in results.items():
+        if suite not in (None, name.partition("/")[0]):
+            table.add_section()
+        suite = name.partition("/")[0]
+        spread = "" if one.low is None or one.high is None else f"{_short(one.low)} – {_short(one.high)}"
+        table.add_row(name, _short(one.value), one.unit, spread, one.note)
+    return table
+
+
+def _short(value: float) -> str:
+    """Three digits and more where they are before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

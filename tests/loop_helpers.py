@@ -1,0 +1,231 @@
+"""Training runs small enough for tests, signals at an exact row, and environments that go wrong when told to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from runners.checkpoint import Checkpoints
+from runners.config import Config, parse_args
+from runners.replay import Replay
+
+ROOT = Path(__file__).resolve().parents[1]
+PREFIX = "gym/tests.loop_helpers:"
+
+SMALL_AGENT = {
+    "model.latent-dim": 8,
+    "model.conv.channels": (8, 8),
+    "model.conv.hidden": 16,
+    "model.window.hidden": (16, 16),
+    "model.sigreg-directions": 8,
+    "model.rollout": 3,
+    "model.head-units": 16,
+    "dreamer.policy.units": 16,
+    "dreamer.critic.units": 16,
+    "dreamer.horizon": 3,
+    "dreamer.starts": 16,
+}
+TINY = SMALL_AGENT | {
+    "task": "dmc/cartpole-swingup",
+    "device": "cpu",
+    "threads": 1,
+    "seed": 3,
+    "env-steps": 960,
+    "env.size": 32,
+    "env.time-limit": 160,
+    "loop.prefill": 320,
+    "loop.pretrain": 4,
+    "loop.batch": 4,
+    "loop.length": 8,
+    "loop.train-ratio": 32,  # one update for each agent step
+    "loop.capacity": 2_000,
+    "loop.log-every": 80,
+    "loop.eval-every": 320,
+    "loop.eval-episodes": 3,
+    "loop.checkpoint-every": 240,
+}
+"""Two minutes of cartpole in 120 agent steps: six episodes of 20, two of them random; 84 updates; three evaluations."""
+
+COUNTING = TINY | {
+    "task": "gym/tests.envs_helpers:Counting-v0",
+    "env.obs": "state",
+    "env.time-limit": None,
+    "env-steps": 120,
+    "loop.prefill": 40,
+    "loop.log-every": 10,
+    "loop.eval-every": 40,
+    "loop.checkpoint-every": 30,
+}
+"""The same learner on the counting environment: a run of a second."""
+
+
+def flags(run_dir: Path, settings: dict[str, Any], **changes: Any) -> list[str]:
+    """A command line. In ``changes``, ``env__size=32`` stands for ``--env.size 32``; None leaves a flag out."""
+    named = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    words = ["--run-dir", str(run_dir)]
+    for name, value in (settings | named).items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def config(run_dir: Path, settings: dict[str, Any], **changes: Any) -> Config:
+    """The same as the parsed configuration."""
+    return parse_args(flags(run_dir, settings, **changes))
+
+
+def program(module: str, *args: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """``python -m module args`` to its end, in a process of its own; ``before`` is a statement that runs in it first."""
+    start = ["-m", module]
+    if before:
+        code = f"import sys; from tests import loop_helpers; {before}; from {module} import main; sys.exit(main())"
+        start = ["-c", code]
+    return subprocess.run(
+        [sys.executable, *start, *args],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+class Finished(NamedTuple):
+    """A training that ran to its end from the command line, untouched since. Copy the folder before changing it."""
+
+    path: Path
+    process: subprocess.CompletedProcess[str]
+
+
+@functools.cache
+def finished_run(factory: pytest.TempPathFactory) -> Finished:
+    """One run of TINY for the whole test session."""
+    path = factory.mktemp("finished") / "run"
+    return Finished(path, program("runners.train", *flags(path, TINY)))
+
+
+# -- what a run left ---------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """A JSONL file, strictly read."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_wall_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "wall_s"} for row in records]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The checksum of every file under ``folder``."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def newest_state(run_dir: Path) -> dict[str, Any]:
+    """What the newest checkpoint holds."""
+    found = Checkpoints(run_dir / "checkpoints").latest()
+    assert found is not None
+    return found[0]
+
+
+def replay_rows(run_dir: Path) -> dict[str, np.ndarray]:
+    """Every row that the replay holds, each field as (rows, …), of a run with one environment."""
+    replay = Replay.open(run_dir / "replay")
+    starts, length = np.zeros(1, int), len(replay)
+    assert replay.streams == 1
+    whole = replay.sample(1, length, np.random.default_rng(0))
+    assert starts.size == 1
+    return {name: value[0].numpy() for name, value in whole._asdict().items()}
+
+
+def differing(first: Any, second: Any, place: str = "state") -> list[str]:
+    """Where two nested states differ, compared bit for bit."""
+    if type(first) is not type(second):
+        return [f"{place}: {type(first).__name__} and {type(second).__name__}"]
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return [f"{place}: other keys {sorted(map(str, first.keys() ^ second.keys()))}"]
+        return [found for key in first for found in differing(first[key], second[key], f"{place}.{key}")]
+    if isinstance(first, list | tuple):
+        if len(first) != len(second):
+            return [f"{place}: {len(first)} and {len(second)} items"]
+        pairs = enumerate(zip(first, second, strict=True))
+        return [found for i, (a, b) in pairs for found in differing(a, b, f"{place}.{i}")]
+    if isinstance(first, torch.Tensor | np.ndarray):
+        a, b = np.asarray(first), np.asarray(second)
+        same = a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    else:
+        same = first == second
+    return [] if same else [place]
+
+
+# -- stopping at an exact row ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def signal_at_row(number: int, row: int) -> Iterator[None]:
+    """While entered, this process gets the signal right after the replay took in its ``row``-th row, counted from 1."""
+    real, taken = Replay.add, 0
+
+    def add(self: Replay, **fields: Any) -> None:
+        nonlocal taken
+        real(self, **fields)
+        taken += 1
+        if taken == row:
+            os.kill(os.getpid(), number)
+
+    Replay.add = add  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Replay.add = real  # type: ignore[method-assign]
+
+
+# -- environments that go wrong ----------------------------------------------------------------------------------------
+
+
+class Moody(gym.Env[np.ndarray, np.ndarray]):
+    """Observes (step number, its length), rewards with the action. Episodes of 3 to 7 steps, as the seed says.
+
+    The class counts its steps over all episodes and gives NaN at those in ``bad_steps``.
+    """
+
+    bad_steps: Container[int] = ()
+    steps_taken = 0
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._length, self._count = int(self.np_random.integers(3, 8)), 0
+        return self._obs(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._count += 1
+        Moody.steps_taken += 1
+        obs = self._obs() * (np.nan if Moody.steps_taken in Moody.bad_steps else 1.0)
+        return obs, float(action[0]), self._count == self._length, False, {}
+
+    def _obs(self) -> np.ndarray:
+        return np.array([self._count, self._length], np.float64)
+
+
+gym.register("Moody-v0", entry_point=Moody)
