@@ -13,6 +13,7 @@ from jaxtyping import Float
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, which the colour-blind can tell apart."""
@@ -186,6 +187,7 @@ def _plain(axis: Axes) -> None:
     axis.spines[["left", "bottom"]].set_color("0.6")
     axis.grid(color="0.92", linewidth=0.8)
     axis.set_axisbelow(True)
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.tick_params(colors="0.3", labelsize=8)
 
 

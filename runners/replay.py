@@ -242,9 +242,9 @@ class Replay:
                 self._mirror[name][first : first + self.streams] = torch.from_numpy(value)
 
     def _read_unfinished(self) -> Bool[np.ndarray, " E"]:
-        """Streams whose newest row is not the last of its episode."""
+        """Streams that the next row may continue: their newest row is not the last of its episode, or it is gone."""
         if not self.rows_per_stream:
-            return np.zeros(self.streams, bool)
+            return np.full(self.streams, self._index.written > 0)
         return ~self._folder.row("is_last", self._index.written - 1)
 
     def flush(self) -> None:

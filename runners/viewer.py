@@ -161,7 +161,7 @@ def _open_loop(model: LeWorldModel, batch: Batch, context: int) -> Float[Tensor,
 
 
 def _compose(bands: UInt8[np.ndarray, "N R T C H W"], context: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Frames enlarged by a whole factor to at least 128 pixels, seams, the marker after column ``context``, and gaps."""
+    """Frames enlarged by a whole factor to at least 128 pixels, with seams, gaps, and a marker after the context."""
     scale = -(-_SMALLEST_FRAME // min(bands.shape[-2:]))
     frames = bands.repeat(scale, axis=-2).repeat(scale, axis=-1)
     frames = np.pad(frames, [(0, 0)] * 4 + [(0, SEAM)] * 2)

@@ -51,49 +51,48 @@ def disk_full_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     monkeypatch.setattr(os, name, full)
 
 
-def kill_at_every_disk_call(base: Path, work: str) -> list[Path]:
-    """Copies of ``base`` as SIGKILL leaves them: copy k after ``work(copy)`` was killed at its k-th call to the disk.
+def crash_at_every_disk_call(base: Path, work: Callable[[Path], None]) -> list[Path]:
+    """Copies of ``base`` as a crash of ``work(base)`` leaves them: copy k is taken at its k-th call that writes.
 
-    A killed ``pwrite`` has written half. The last copy is of the run that reached its end. ``work`` is the full name of
-    a function, ``tests.test_x.work``; it runs in processes forked from a fresh interpreter.
+    What a killed process leaves is what its last call left, since the kernel keeps the writes. Of a ``pwrite`` one half
+    is done. The last copy is of the finished work.
     """
-    module, _, name = work.rpartition(".")
-    code = f"from pathlib import Path; from tests.disk_helpers import _kill_each; from {module} import {name}; "
-    code += f"_kill_each(Path({str(base)!r}), {name})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return sorted(base.parent.glob(f"{base.name}-killed-*"))
+    copies: list[Path] = []
+    copying = False
 
-
-def _kill_each(base: Path, work: Callable[[Path], None]) -> None:
-    for k in range(100_000):
-        copy = base.with_name(f"{base.name}-killed-{k:05d}")
-        shutil.copytree(base, copy)
-        child = os.fork()
-        if child == 0:
-            _die_at(k)
-            work(copy)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        if status == 0:
-            return
-        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
-            raise RuntimeError(f"the worker was not killed but ended by itself with status {status}")
-
-
-def _die_at(call: int) -> None:
-    calls = iter(range(sys.maxsize))
+    def snapshot() -> None:
+        nonlocal copying
+        copying = True
+        copies.append(base.with_name(f"{base.name}-crashed-{len(copies):04d}"))
+        shutil.copytree(base, copies[-1])
+        copying = False
 
     def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def mortal(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == call:
+        def crashing(*args: Any, **kwargs: Any) -> Any:
+            if not copying:
                 if name == "pwrite":
                     file, data, offset = args
                     real(file, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
+                snapshot()
+            # Syncing takes long and changes nothing for a process that is killed.
+            return None if name == "fsync" else real(*args, **kwargs)
 
-        return mortal
+        return crashing
 
-    os.fsync = lambda file: None  # the kernel keeps a killed process's writes, so syncing them only takes time
-    for name in _DISK_CALLS:
-        setattr(os, name, wrap(name, getattr(os, name)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _DISK_CALLS:
+            patch.setattr(os, name, wrap(name, getattr(os, name)))
+        work(base)
+    snapshot()
+    return copies
+
+
+def kill_after_lines(code: str, lines: int) -> None:
+    """Run Python code in a process of its own and SIGKILL it when it has printed so many lines."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-uc", code], cwd=ROOT, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        for _ in range(lines):
+            assert process.stdout.readline(), "it ended before it was killed"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL

@@ -88,7 +88,7 @@ def config(run_dir: Path, settings: dict[str, Any], **changes: Any) -> Config:
 
 
 def program(module: str, *args: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """``python -m module args`` to its end, in a process of its own; ``before`` is a statement that runs in it first."""
+    """``python -m module args`` to its end, in a process of its own. ``before`` is a statement to run in it first."""
     start = ["-m", module]
     if before:
         code = f"import sys; from tests import loop_helpers; {before}; from {module} import main; sys.exit(main())"

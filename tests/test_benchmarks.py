@@ -10,22 +10,25 @@ import json
 import math
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.autograd.profiler_util import FunctionEvent
 
-from agents.dreamer import DreamerConfig
+from agents.dreamer import DreamerAgent, DreamerConfig
 from benchmarks import curves, speed
 from benchmarks.plot import mean_curve, read_references
 from benchmarks.stopwatch import Stopwatch
-from benchmarks.update_parts import PARTS, charge
+from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
-from runners.config import Config, parse_args, presets, to_json
+from runners.config import Config, build_agent, parse_args, presets, to_json
+from worldmodels.interface import Batch
 
 HEADER = "task,agent,seed,env_steps,wall_s,mean_return,std,min,max,episodes,render,action_repeat,preset"
 
@@ -357,6 +360,30 @@ def test_each_operator_is_charged_to_its_part_and_its_backward_step_too() -> Non
         "other": (1000 - 300 - 20 - 70 - 100 - 5 - 40 - 10 - 50) + 5,
     }
     assert sum(charged.values()) == 1000
+
+
+def test_measuring_the_parts_of_an_update_is_the_update_itself() -> None:
+    config = parse_args(SMALL)
+    observations, actions = gym.spaces.Box(0, 255, (3, 16, 16), np.uint8), gym.spaces.Box(-1, 1, (2,), np.float32)
+    never = torch.zeros(4, 8, dtype=torch.bool)
+    pixels = torch.randint(0, 256, (4, 8, 3, 16, 16), dtype=torch.uint8)
+    batch = Batch(pixels, torch.rand(4, 8, 2), torch.rand(4, 8), never, never, never)
+
+    def learn(updates: Callable[[DreamerAgent], Any]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        agent = build_agent(config, observations, actions, torch.device("cpu"))
+        assert isinstance(agent, DreamerAgent)
+        agent.start(batch.obs.flatten(0, 1))
+        updates(agent)
+        assert "forward" not in vars(agent.model.encoder), "a mark was left behind"
+        return {name: value for part in (agent.model, agent.policy) for name, value in part.state_dict().items()}
+
+    parts: dict[str, float] = {}
+    measured = learn(lambda agent: parts.update(time_parts(agent, batch, 100.0, repeats=2)))
+    plain = learn(lambda agent: [agent.update(batch) for _ in range(2 + 2)])
+    assert parts.keys() == PARTS.keys()
+    assert sum(parts.values()) == pytest.approx(100.0)
+    assert all(torch.equal(measured[name], plain[name]) for name in plain)
 
 
 SMALL = ["--preset", "cpu", "--device", "cpu", "--threads", "1", "--env.size", "16", "--loop.batch", "4"]

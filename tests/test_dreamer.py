@@ -315,9 +315,9 @@ def test_a_restored_agent_goes_on_bit_by_bit() -> None:
     seen = []
     for one in (agent, other):
         torch.manual_seed(9)
-        metrics = [one.update(batch) for batch in batches[2:]]
+        updates = [one.update(batch) for batch in batches[2:]]
         actions = act_along(one, frames(2, 4), np.zeros((4, 2), bool), explore=True)
-        seen.append((flat(metrics), flat(one.state_dict()), actions))
+        seen.append((flat(updates), flat(one.state_dict()), actions))
     (metrics, state, actions), (other_metrics, other_state, other_actions) = seen
     assert set(metrics) == set(other_metrics)
     assert set(state) == set(other_state)
@@ -400,7 +400,8 @@ def point_batch(batch: int = 8, rows: int = 8) -> Batch:
 
 def point_return(agent: DreamerAgent) -> float:
     """Of 20 steps from x = −1 and from x = 1, mean."""
-    x, carry, total = np.array([[-1.0], [1.0]], np.float32), agent.initial(2), 0.0
+    x: np.ndarray = np.array([[-1.0], [1.0]], np.float32)
+    carry, total = agent.initial(2), 0.0
     for _ in range(20):
         action, carry = agent.act(x, np.zeros(2, bool), carry, explore=False)
         x = x + 0.3 * action
@@ -438,7 +439,7 @@ def test_the_pathwise_gradient_equals_finite_differences_of_the_imagined_return(
     """A policy that ignores its input, so that its gradient has no path through the features it is given."""
     config = replace(CONFIG, horizon=3, starts=32, entropy=0.0, clip=math.inf, discount=0.9, lam=0.7)
     agent = DreamerAgent(Point(), 1, Pathwise(), replace(config, behaviour_lr=0.0))
-    agent.critic = KnownValue(lambda feat: 2 * feat[..., 0])
+    agent.critic = KnownValue(lambda feat: 2 * feat[..., 0])  # type: ignore[assignment]
     with torch.no_grad():
         agent.policy.net[-1].weight.zero_()
         agent.policy.net[-1].bias.copy_(torch.tensor([0.3, -2.0]))
@@ -567,7 +568,7 @@ def countdown_batch() -> Batch:
 
 def replay_value_loss(batch: Batch, lam: float) -> float:
     agent = DreamerAgent(Countdown(), 1, Pathwise(), replace(CONFIG, discount=0.9, lam=lam, starts=4))
-    agent.critic = KnownValue(worth)
+    agent.critic = KnownValue(worth)  # type: ignore[assignment]
     return float(agent.update(batch)["replay_value_loss"])
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runners.disk import DiskFull
 from runners.replay import Replay, ReplayError
-from tests.disk_helpers import ROOT, disk_full_at, fill_disk, kill_at_every_disk_call, tiny_disk
+from tests.disk_helpers import ROOT, crash_at_every_disk_call, disk_full_at, fill_disk, kill_after_lines, tiny_disk
 from worldmodels.interface import Batch
 
 STREAMS = 2
@@ -381,8 +381,8 @@ def test_going_back_beyond_everything_starts_empty(tmp_path: Path) -> None:
     replay = fill(create(tmp_path / "replay"), 0, 40)
     replay.truncate_to({"written": 20})
     assert len(replay) == 0
-    fill(replay, 20, 24, life=1)  # row 20 begins an episode in stream 0 only
-    assert [t for _, t in lives_of(replay)] == [20, 21, 22, 23]
+    fill(replay, 20, 24, life=1)  # stream 1 goes on with an episode whose beginning is gone
+    assert lives_of(replay) == [(1, 20), (1, 21), (1, 22), (1, 23)]
 
 
 def test_a_position_that_is_not_reached_is_refused(tmp_path: Path) -> None:
@@ -396,74 +396,84 @@ def test_a_position_that_is_not_reached_is_refused(tmp_path: Path) -> None:
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
-def collect(folder: Path) -> None:
-    """Go on until the ring has wrapped, writing down what was added and what was flushed."""
-    with Replay.open(folder / "replay", "r+") as replay:
-        start = replay.position()["written"]
-        for t in range(start, start + 15):
-            replay.add(**row(t))
-            (folder / "added").write_text(str(t + 1))
-
-
-def go_back(folder: Path) -> None:
-    """Go back to row 21 and live again from there, as after a resume."""
-    with Replay.open(folder / "replay", "r+") as replay:
-        replay.truncate_to({"written": 21})
-        fill(replay, 21, 30, life=1)
-
-
-def make(folder: Path) -> None:
-    create(folder / "replay", replace=True)
-
-
-def _added(copy: Path, default: int) -> int:
-    text = (copy / "added").read_text() if (copy / "added").exists() else ""
-    return int(text) if text else default
-
-
 @pytest.mark.parametrize("before", [0, 17])
-def test_kill_9_loses_only_rows_since_the_last_flush(tmp_path: Path, before: int) -> None:
+def test_a_crash_loses_only_rows_since_the_last_flush(tmp_path: Path, before: int) -> None:
+    """At every call to the disk while the ring fills and wraps."""
     fill(create(tmp_path / "run" / "replay"), 0, before).close()
-    copies = kill_at_every_disk_call(tmp_path / "run", "tests.test_replay.collect")
+
+    def collect(folder: Path) -> None:
+        with Replay.open(folder / "replay", "r+") as replay:
+            for t in range(before, before + 15):
+                replay.add(**row(t))
+                (folder / "added").write_text(str(t + 1))
+
+    copies = crash_at_every_disk_call(tmp_path / "run", collect)
     assert len(copies) > 15 * 6
     for copy in copies:
-        added = _added(copy, before)
+        added = int((copy / "added").read_text()) if (copy / "added").exists() else before
         with Replay.open(copy / "replay") as replay:
             written = replay.position()["written"]
-            assert added - 2 <= written <= added + 1
+            assert added - 2 <= written <= added
             assert times_of(replay) == list(range(max(0, written - 10), written))
+    for copy in copies[::10]:
         with Replay.open(copy / "replay", "r+") as replay:
+            written = replay.position()["written"]
             fill(replay, written, written + 3, life=1)
             rows = [(0, t) for t in range(written)] + [(1, t) for t in range(written, written + 3)]
             assert lives_of(replay) == rows[-10:]
 
 
-def test_kill_9_after_going_back_never_mixes_two_lives(tmp_path: Path) -> None:
+def test_a_crash_after_going_back_never_mixes_two_lives(tmp_path: Path) -> None:
     fill(create(tmp_path / "run" / "replay"), 0, 23).close()
+
+    def go_back(folder: Path) -> None:
+        with Replay.open(folder / "replay", "r+") as replay:
+            replay.truncate_to({"written": 21})
+            fill(replay, 21, 30, life=1)
+
     seen = set()
-    for copy in kill_at_every_disk_call(tmp_path / "run", "tests.test_replay.go_back"):
+    for copy in crash_at_every_disk_call(tmp_path / "run", go_back):
         with Replay.open(copy / "replay") as replay:
             lives = lives_of(replay)
             written = replay.position()["written"]
-        again = [life for life, _ in lives]
-        assert [t for _, t in lives] == list(range(written - len(lives), written))
-        if again[-1]:
-            assert lives == [(int(t >= 21), t) for _, t in lives]
-        else:
-            assert not any(again)
-            assert written in (21, 23)
-        seen.add((again[-1], written))
-    assert {(0, 23), (0, 21), (1, 23), (1, 30)} <= seen
+        newest = lives[-1][0]
+        assert lives == [(int(newest and t >= 21), t) for t in range(written - len(lives), written)]
+        seen.add((newest, written))
+    assert seen == {(0, 23), (0, 21), (1, 23), (1, 25), (1, 27), (1, 29), (1, 30)}
 
 
-def test_kill_9_while_it_is_made_leaves_all_or_nothing(tmp_path: Path) -> None:
+def test_a_crash_while_it_is_made_leaves_all_or_nothing(tmp_path: Path) -> None:
     fill(create(tmp_path / "run" / "replay"), 0, 6).close()
-    for copy in kill_at_every_disk_call(tmp_path / "run", "tests.test_replay.make"):
+    held = set()
+    for copy in crash_at_every_disk_call(
+        tmp_path / "run", lambda folder: create(folder / "replay", replace=True).close()
+    ):
         path = copy / "replay"
-        assert not path.exists() or len(Replay.open(path)) in (0, 12)
-        with create(path, replace=True) as replay:
-            assert len(replay) == 0
+        held.add(len(Replay.open(path)) if path.exists() else None)
+        create(path, replace=True).close()
         assert [p.name for p in copy.iterdir()] == ["replay"]
+    assert held == {12, None, 0}
+
+
+@pytest.mark.parametrize("lines", [9, 40])
+def test_sigkill_loses_only_rows_since_the_last_flush(tmp_path: Path, lines: int) -> None:
+    """A real one, before and after the ring has wrapped."""
+    path, log = tmp_path / "replay", tmp_path / "log"
+    code = f"""
+import itertools
+from tests.test_replay import *
+replay = create(Path({str(path)!r}))
+for t in itertools.count():
+    replay.add(**row(t))
+    Path({str(log)!r}).write_text(str(t + 1).rjust(9))
+    print(t)
+"""
+    kill_after_lines(code, lines)
+    with Replay.open(path, "r+") as replay:
+        written = replay.position()["written"]
+        assert written >= lines - 2
+        assert written >= int(log.read_text() or 0) - 2
+        assert times_of(replay) == list(range(max(0, written - 10), written))
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
@@ -487,7 +497,7 @@ Replay.open(path)
 
 def test_a_disk_without_room_is_said_before_anything_is_made(tmp_path: Path) -> None:
     with tiny_disk(tmp_path / "disk", 1024) as disk:
-        with pytest.raises(DiskFull, match=r"needs 0\.12 GB, but its disk has only 0\.00 GB left"):
+        with pytest.raises(DiskFull, match=r"needs 0\.11 GB, but its disk has only 0\.00 GB left"):
             create(disk / "replay", obs_shape=(64, 64, 64), capacity=400)
         assert list(disk.iterdir()) == []
 
@@ -522,9 +532,12 @@ def test_a_disk_that_fills_up_keeps_the_rows_before(tmp_path: Path) -> None:
         replay.close()
 
 
-@pytest.mark.parametrize(("call", "at"), [("pwrite", 0), ("pwrite", 3), ("pwrite", 14), ("fsync", 0), ("fsync", 6)])
+@pytest.mark.parametrize(
+    ("call", "at", "flushed"),
+    [("pwrite", 0, 20), ("pwrite", 3, 20), ("pwrite", 14, 22), ("fsync", 0, 20), ("fsync", 6, 20)],
+)
 def test_an_error_of_a_full_disk_is_clear_and_harmless(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, at: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, at: int, flushed: int
 ) -> None:
     replay = fill(create(tmp_path / "replay"), 0, 20)
     replay.flush()
@@ -532,7 +545,7 @@ def test_an_error_of_a_full_disk_is_clear_and_harmless(
         disk_full_at(patch, call, at)
         with pytest.raises(DiskFull, match="the disk is full"):
             fill(replay, 20, 30)
-        assert times_of(Replay.open(tmp_path / "replay")) == list(range(10, 20))
+        assert times_of(Replay.open(tmp_path / "replay")) == list(range(flushed - 10, flushed))
         kept = replay.position()["written"]
         assert times_of(replay) == list(range(kept - 10, kept))
         with pytest.raises(DiskFull):

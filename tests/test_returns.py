@@ -80,7 +80,8 @@ def test_rows_are_independent() -> None:
     cut = torch.rand(4, 6) < 0.3
     together = lambda_return(reward, discount, value, 0.9, cut=cut)
     for n in range(4):
-        alone = lambda_return(*(x[n : n + 1] for x in (reward, discount, value)), 0.9, cut=cut[n : n + 1])
+        row_n = slice(n, n + 1)
+        alone = lambda_return(reward[row_n], discount[row_n], value[row_n], 0.9, cut=cut[row_n])
         assert torch.equal(alone[0], together[n])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_updates_are_exactly_as_many_as_promised(finished: Finished) -> None:
     """train_ratio 32 rows over 4·8 rows an update: one update for each agent step, and the pretraining before."""
     metrics = rows(finished.path / "metrics.jsonl")
     made = [(row["agent_steps"], row["updates"]) for row in metrics]
-    for (steps, updates), (later_steps, later_updates) in zip(made, made[1:], strict=False):
+    for (steps, updates), (later_steps, later_updates) in itertools.pairwise(made):
         assert later_updates - updates == later_steps - steps
     # 320 env_steps of prefill are 40 agent steps. Learning starts with the step after them.
     steps, updates = made[-1]

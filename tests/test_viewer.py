@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def model() -> LeWorldModel:
 def viewer() -> Viewer:
     viewer = Viewer(DIM, (3, SIZE, SIZE), CPU, seed=1)
     with torch.no_grad():
-        viewer.decoder.convolutions[-1].weight.mul_(30)  # every change of a latent can be seen
+        viewer.decoder.convolutions[-2].weight.mul_(30)  # every change of a latent can be seen
     return viewer
 
 
@@ -110,8 +111,8 @@ def test_where_nothing_is_drawn_there_is_the_mean_picture() -> None:
     pictures = 0.1 + 0.8 * torch.rand(5, 3, SIZE, SIZE)
     decoder.start(pictures)
     with torch.no_grad():
-        decoder.convolutions[-1].weight.zero_()
-        decoder.convolutions[-1].bias.zero_()
+        decoder.convolutions[-2].weight.zero_()
+        decoder.convolutions[-2].bias.zero_()
     torch.testing.assert_close(decoder(torch.randn(1, DIM))[0], pictures.mean(0))
 
 
@@ -246,7 +247,7 @@ def test_what_cannot_be_shown_is_refused(model: LeWorldModel, viewer: Viewer, tm
 # -- beside a training -------------------------------------------------------------------------------------------------
 
 
-def train_a_little(path: Path, *, watched: bool) -> tuple[dict[str, Tensor], Tensor, dict]:
+def train_a_little(path: Path, *, watched: bool) -> tuple[dict[str, Tensor], Tensor, Any]:
     """Weights, PyTorch's random state and the sampler's after a few updates, with and without a viewer looking on."""
     torch.manual_seed(5)
     generator = np.random.default_rng(5)

@@ -87,7 +87,8 @@ class LeWMState(NamedTuple):
 
 
 class LeWorldModel(WorldModel):
-    """See the module's docstring. ``feat`` is [z, h]: the newest latent and the features it was (or would be) predicted from."""
+    """See the module's docstring. ``feat`` is [z, z − z₋₁, z₋₁ − z₋₂, …, h]: the newest latent, how it came to move, and the
+    features it was (or would be) predicted from."""
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class LeWorldModel(WorldModel):
         self.encoder = encoder
         self.predictor: Predictor = predictor  # type: ignore[assignment]
         self.history: int = predictor.history
-        self.feat_dim = config.latent_dim + predictor.hidden_dim
+        self.feat_dim = config.latent_dim * self.history + predictor.hidden_dim
         self.reward_head = ScalarHead(self.feat_dim, config.head_units, limit=config.reward_limit)
         self.cont_head = ContinueHead(self.feat_dim, config.head_units)
 
@@ -154,7 +155,8 @@ class LeWorldModel(WorldModel):
         )
 
     def feat(self, state: LeWMState) -> Float[Tensor, "B F"]:
-        return torch.cat([state.z[:, -1], state.hidden], -1)
+        moved = torch.where(state.valid[:, :-1, None], state.z[:, 1:] - state.z[:, :-1], 0.0)
+        return torch.cat([state.z[:, -1], moved.flatten(1), state.hidden], -1)
 
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         return self.reward_head(feat)
