@@ -62,7 +62,7 @@ class Policy(nn.Module):
 def squashed_log_prob(
     raw: Float[Tensor, "*N A"], mean: Float[Tensor, "*N A"], std: Float[Tensor, "*N A"]
 ) -> Float[Tensor, "*N"]:
-    """log p(tanh(raw)) for raw ~ N(mean, std²): Haarnoja et al. 2018 (arXiv 1812.05905), appendix C, in its stable form."""
+    """log p(tanh(raw)) for raw ~ N(mean, std²): Haarnoja et al. 2018 (arXiv 1812.05905), appendix C, stably."""
     normal = -0.5 * ((raw - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     jacobian = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
     return (normal - jacobian).sum(-1)
@@ -74,7 +74,7 @@ class CriticConfig:
 
     members: int = 2
     """Critics; what bootstraps is the mean of the slow copies less ``pessimism`` times their half spread."""
-    pessimism: float = 0.0
+    pessimism: float = 0.5
     """0: the mean of the slow copies; 1: their minimum (with two members)."""
     units: int = 128
     """Units of each hidden layer."""
@@ -108,12 +108,15 @@ class Critic(nn.Module):
             return values.mean(0)
         return values.mean(0) - self.config.pessimism * 0.5 * (values.amax(0) - values.amin(0))
 
-    @torch.no_grad()
     def follow(self) -> None:
         """Move the slow copy towards the critic."""
-        torch._foreach_lerp_(
-            list(self.slow.parameters()), list(self.members.parameters()), self.config.slow_rate
-        )
+        follow(self.slow, self.members, self.config.slow_rate)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, module: nn.Module, rate: float) -> None:
+    """Move ``slow``'s parameters the fraction ``rate`` of the way towards ``module``'s."""
+    torch._foreach_lerp_(list(slow.parameters()), list(module.parameters()), rate)
 
 
 class ReturnScale(nn.Module):

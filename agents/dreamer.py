@@ -21,6 +21,7 @@ from agents.actor_critic import (
     Policy,
     PolicyConfig,
     ReturnScale,
+    follow,
     squashed_log_prob,
 )
 from agents.interface import NonFiniteLoss
@@ -42,14 +43,20 @@ class DreamerConfig:
     """γ, for one decision (not for one simulator step)."""
     lam: float = 0.95
     """λ of the λ-returns."""
-    entropy: float = 3e-3
+    entropy: float = 1e-2
     """Weight of the entropy bonus, against returns of scale 1."""
     replay_value_weight: float = 0.3
     """Weight of the critic's loss on replayed rows, whose gradient reaches the encoder."""
-    model_lr: float = 1e-3
+    behaviour_every: int = 2
+    """Updates of the world model for each one of policy and critic, which are quicker learners."""
+    policy_average: float = 0.99
+    """The deterministic policy is an exponential average over its updates; this is how much of it stays at each."""
+    model_lr: float = 2e-3
     """Adam's learning rate for the world model."""
     behaviour_lr: float = 5e-4
     """Adam's learning rate for policy and critic."""
+    final_lr: float = 0.1
+    """Both learning rates fall linearly over the run to this fraction of themselves. 1: they stay."""
     clip: float = 10.0
     """Largest gradient norm, for the model, the policy and the critic each."""
     bf16: bool = True
@@ -73,6 +80,7 @@ class DreamerAgent:
         self.device = next(model.parameters()).device
         self.action_dim = action_dim
         self.policy = Policy(model.feat_dim, action_dim, config.policy).to(self.device)
+        self.average_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = Critic(model.feat_dim, config.critic).to(self.device)
         self.scale = ReturnScale().to(self.device)
         self.groups: dict[str, list[nn.Parameter]] = {
@@ -80,10 +88,11 @@ class DreamerAgent:
             "policy": list(self.policy.parameters()),
             "critic": list(self.critic.members.parameters()),
         }
-        rates = {"model": config.model_lr, "policy": config.behaviour_lr, "critic": config.behaviour_lr}
-        self.optimiser = torch.optim.Adam(
-            [{"params": params, "lr": rates[name]} for name, params in self.groups.items()], eps=1e-8, fused=True
-        )
+        self.rates = {"model": config.model_lr, "policy": config.behaviour_lr, "critic": config.behaviour_lr}
+        self.optimisers = {
+            name: torch.optim.Adam(params, lr=self.rates[name], fused=True) for name, params in self.groups.items()
+        }
+        self.updates = 0
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
@@ -100,7 +109,7 @@ class DreamerAgent:
         with self._autocast():
             state = self.model.observe(carry.state, carry.action, pixels, first)
             feat = self.model.feat(state)
-            action = self.policy.sample(feat)[0] if explore else self.policy.mode(feat)
+            action = self.policy.sample(feat)[0] if explore else self.average_policy.mode(feat)
         return action.cpu().numpy(), DreamerCarry(state, action)
 
     def _autocast(self) -> torch.autocast:
@@ -111,27 +120,43 @@ class DreamerAgent:
     def start(self, obs: Shaped[Tensor, "N *obs"]) -> None:
         self.model.fit_normaliser(obs)
 
+    def anneal(self, progress: float) -> None:
+        factor = 1 - (1 - self.config.final_lr) * min(max(progress, 0.0), 1.0)
+        for name, optimiser in self.optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = self.rates[name] * factor
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
+        learning = ["model"]
         self.model.train()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             model_loss, states, metrics = self.model.loss(batch)
             value_loss = self._replay_value_loss(batch, self.model.feat(states))
         (model_loss + self.config.replay_value_weight * value_loss).backward()
+        metrics |= {"model_loss": model_loss.detach(), "replay_value_loss": value_loss.detach()}
+        if self.updates % self.config.behaviour_every == 0:
+            learning += ["policy", "critic"]
+            metrics |= self._learn_behaviour(states)
+        for name in learning:
+            metrics[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(self.groups[name], self.config.clip)
+        _refuse_non_finite(metrics)
+        for name in learning:
+            self.optimisers[name].step()
+        if "policy" in learning:
+            self.critic.follow()
+            follow(self.average_policy, self.policy, 1 - self.config.policy_average)
+        self.updates += 1
+        return metrics
+
+    def _learn_behaviour(self, states: State) -> dict[str, Tensor]:
+        """Gradients of policy and critic from imagination. The critic's add to those from the replayed rows."""
         self.model.eval()  # imagining sees the normalisation that acting sees
         with self._autocast():
-            policy_loss, critic_loss, imagined = self._behaviour_losses(self._choose_starts(states))
+            policy_loss, critic_loss, metrics = self._behaviour_losses(self._choose_starts(states))
         policy_loss.backward()
         critic_loss.backward()
-        metrics |= imagined | {
-            "model_loss": model_loss.detach(),
-            "replay_value_loss": value_loss.detach(),
-        }
-        for name, params in self.groups.items():
-            metrics[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(params, self.config.clip)
-        _refuse_non_finite(metrics)
-        self.optimiser.step()
-        self.critic.follow()
         return metrics
 
     def _replay_value_loss(self, batch: Batch, feat: Float[Tensor, "R F"]) -> Float[Tensor, ""]:
@@ -172,14 +197,18 @@ class DreamerAgent:
             loss = self.estimator(Imagined(returns, value[:, :-1].detach(), log_probs, scale))
             policy_loss = (weight * (loss - cfg.entropy * entropies)).mean()
         critic_loss = (weight * self.critic.loss(feats[:, :-1].detach(), returns.detach())).mean()
-        return policy_loss, critic_loss, {
-            "policy_loss": policy_loss.detach(),
-            "critic_loss": critic_loss.detach(),
-            "imagined_reward": reward.detach().mean(),
-            "imagined_return": returns.detach().mean(),
-            "return_scale": scale,
-            "policy_entropy": entropies.detach().mean(),
-        }
+        return (
+            policy_loss,
+            critic_loss,
+            {
+                "policy_loss": policy_loss.detach(),
+                "critic_loss": critic_loss.detach(),
+                "imagined_reward": reward.detach().mean(),
+                "imagined_return": returns.detach().mean(),
+                "return_scale": scale,
+                "policy_entropy": entropies.detach().mean(),
+            },
+        )
 
     def _imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """H decisions from N states: features (N,H+1,F), log probabilities and entropy estimates (N,H).
@@ -210,17 +239,22 @@ class DreamerAgent:
         return {
             "model": self.model.state_dict(),
             "policy": self.policy.state_dict(),
+            "average_policy": self.average_policy.state_dict(),
             "critic": self.critic.state_dict(),
             "scale": self.scale.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "updates": self.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.policy.load_state_dict(state["policy"])
+        self.average_policy.load_state_dict(state["average_policy"])
         self.critic.load_state_dict(state["critic"])
         self.scale.load_state_dict(state["scale"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(copy.deepcopy(state["optimisers"][name]))
+        self.updates = state["updates"]
 
 
 def _refuse_non_finite(metrics: dict[str, Tensor]) -> None:

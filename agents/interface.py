@@ -35,6 +35,10 @@ class Agent(Protocol):
         """Called once with the prefilled observations, before the first update."""
         ...
 
+    def anneal(self, progress: float) -> None:
+        """Called before updates with the part of the run's budget that is used, in [0, 1], for schedules."""
+        ...
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step on everything that learns; metrics as scalar tensors on the device.
 

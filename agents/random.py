@@ -29,6 +29,9 @@ class RandomAgent:
     def start(self, obs: Shaped[Tensor, "N *obs"]) -> None:
         pass
 
+    def anneal(self, progress: float) -> None:
+        pass
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         return {}
 
@@ -40,5 +43,3 @@ class RandomAgent:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.bit_generator.state = state["generator"]
-
-

@@ -121,11 +121,11 @@ def measure_update(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
     on_gpu = watch.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(watch.device)
-    with _learner(run, watch.device) as (agent, batch):
-        total = watch.rate(lambda: agent.update(batch), "updates/s")
-        total_ms = 1000 / total.value
-        parts = time_parts(agent, batch, total_ms, options.repeats)
-        memory = _own_memory()
+    agent, batch = _learner(run, watch.device)
+    total = watch.rate(lambda: agent.update(batch), "updates/s")
+    total_ms = 1000 / total.value
+    parts = time_parts(agent, batch, total_ms, options.repeats)
+    memory = _memory()
     note = f"{total_ms:.1f} ms; batch {run.loop.batch}×{run.loop.length}, gradient {run.gradient}"
     results = {"update/total": replace(total, note=note)}
     for part, ms in parts.items():
@@ -139,32 +139,32 @@ def measure_update(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
 def measure_act(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
     """Milliseconds from an observation to an action, for one environment and for ten."""
     results = {}
-    with _learner(run, watch.device) as (agent, batch):
-        frames = batch.obs.flatten(0, 1).cpu().numpy()
-        for envs in (1, 10):
-            obs, later = np.resize(frames, (envs, *frames.shape[1:])), np.zeros(envs, bool)
-            _, carry = agent.act(obs, ~later, agent.initial(envs), explore=True)
+    agent, batch = _learner(run, watch.device)
+    frames = batch.obs.flatten(0, 1).cpu().numpy()
+    for envs in (1, 10):
+        obs, later = np.resize(frames, (envs, *frames.shape[1:])), np.zeros(envs, bool)
+        _, carry = agent.act(obs, ~later, agent.initial(envs), explore=True)
 
-            def act(obs: np.ndarray = obs, later: np.ndarray = later, carry: Any = carry) -> None:
-                agent.act(obs, later, carry, explore=True)
+        def act(obs: np.ndarray = obs, later: np.ndarray = later, carry: Any = carry) -> None:
+            agent.act(obs, later, carry, explore=True)
 
-            latency = watch.latency(act)
-            note = f"E={envs}; {1000 * envs / latency.value:,.0f} actions/s"
-            results[f"act/{envs}"] = replace(latency, note=note)
+        latency = watch.latency(act)
+        note = f"E={envs}; {1000 * envs / latency.value:,.0f} actions/s"
+        results[f"act/{envs}"] = replace(latency, note=note)
     return results
 
 
 SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "env": measure_env,
-    "replay": measure_replay,
     "update": measure_update,
     "act": measure_act,
+    "replay": measure_replay,
 }
+"""In the order of measuring: the copy of the replay comes last, since what it took would count as the updates' memory."""
 
 
 def measure(run: Config, options: SpeedConfig, watch: Stopwatch, said: Callable[[str], Any] = print) -> Results:
-    """All that ``options.suite`` asks for, by name, and the most memory the process has held. ``said`` is told what is
-    being measured.
+    """All that ``options.suite`` asks for, by name. ``said`` is told what is being measured.
 
     Raises one of ``runners.train.USER_ERRORS``.
     """
@@ -172,28 +172,26 @@ def measure(run: Config, options: SpeedConfig, watch: Stopwatch, said: Callable[
     for name in SUITES if options.suite == "all" else [options.suite]:
         said(f"measuring {name} …")
         results |= SUITES[name](run, options, watch)
-    kib = 1024 if sys.platform != "darwin" else 1  # macOS counts bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib / 2**20
-    note = "most the process held, with cached pages of the replay's files"
-    results["memory/peak_rss"] = Measurement(peak, "MiB", note=note)
     return dict(sorted(results.items(), key=lambda item: item[0].startswith("memory/")))
 
 
-def _own_memory() -> Results:
-    """What this process holds of its own now, without file pages; only Linux tells."""
+def _memory() -> Results:
+    """The most memory this process has held, and, where the system tells, what it holds of its own now."""
+    kib = 1024 if sys.platform != "darwin" else 1  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib / 2**20
+    results = {"memory/peak_rss": Measurement(peak, "MiB", note="most held so far, with pages of mapped files")}
     status = Path("/proc/self/status")
-    if not status.exists():
-        return {}
-    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
-    note = "held after the updates, without file pages"
-    return {"memory/own_rss": Measurement(int(line.split()[1]) / 1024, "MiB", note=note)}
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
+        note = "held after the updates, without file pages"
+        results["memory/own_rss"] = Measurement(int(line.split()[1]) / 1024, "MiB", note=note)
+    return results
 
 
 # -- what the suites time ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _learner(run: Config, device: torch.device) -> Iterator[tuple[DreamerAgent, Batch]]:
+def _learner(run: Config, device: torch.device) -> tuple[DreamerAgent, Batch]:
     """The agent of a configuration and a batch of what a random policy met, as training would make them."""
     steps = 2 * run.loop.length
     envs = make_vector_env(run.task, run.env, run.num_envs, run.seed)
@@ -212,7 +210,7 @@ def _learner(run: Config, device: torch.device) -> Iterator[tuple[DreamerAgent, 
     finally:
         envs.close()
     agent.start(batch.obs.flatten(0, 1))
-    yield agent, batch
+    return agent, batch
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import gymnasium as gym
 import torch
 import tyro
 
-from agents.actor_critic import CriticConfig, Pathwise, PolicyConfig, Reinforce
+from agents.actor_critic import CriticConfig, Estimator, Pathwise, PolicyConfig, Reinforce
 from agents.dreamer import DreamerAgent, DreamerConfig
 from agents.interface import Agent
 from agents.random import RandomAgent
@@ -79,7 +79,6 @@ class Config:
     model: LeWMConfig = field(default_factory=LeWMConfig)
     dreamer: DreamerConfig = field(default_factory=DreamerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-
 
 
 class ConfigError(ValueError):
@@ -163,6 +162,7 @@ def check(config: Config) -> None:
         ("--model.rollout", config.model.rollout, 1),
         ("--dreamer.horizon", config.dreamer.horizon, 1),
         ("--dreamer.starts", config.dreamer.starts, 1),
+        ("--dreamer.behaviour-every", config.dreamer.behaviour_every, 1),
         ("--dreamer.critic.members", config.dreamer.critic.members, 1),
     ]
     for flag, value, least in at_least:
@@ -172,8 +172,8 @@ def check(config: Config) -> None:
     rows = loop.prefill // (repeat * config.num_envs)
     if config.agent != "random" and rows < loop.length:
         raise ConfigError(
-            f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at action "
-            f"repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; raise the one or lower the other"
+            f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at "
+            f"action repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; raise the one or lower the other"
         )
     if loop.prefill > config.env_steps and config.agent != "random":
         raise ConfigError(f"--loop.prefill {loop.prefill} is beyond the whole budget, --env-steps {config.env_steps}")
@@ -189,12 +189,12 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         build = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no usable GPU or driver"
-        raise ConfigError(f"--device cuda was asked for, but {build}; use --device auto or cpu, or install a CUDA PyTorch")
+        raise ConfigError(f"--device cuda was asked for, but {build}; use --device auto or cpu")
     return torch.device(name)
 
 
 def build_agent(config: Config, observations: gym.Space, actions: gym.Space, device: torch.device) -> Agent:
-    """The objects that a configuration describes, for one environment's spaces. Variants are composed here and only here.
+    """The objects that a configuration describes, for one environment's spaces. Variants are composed here alone.
 
     Raises:
         ConfigError: observations that no world model here reads.
@@ -206,7 +206,7 @@ def build_agent(config: Config, observations: gym.Space, actions: gym.Space, dev
     if config.agent == "random":
         return RandomAgent(action_dim, config.seed)
     model = build_world_model(observations.shape, action_dim, config.model).to(device)
-    estimator = {"pathwise": Pathwise, "reinforce": Reinforce}[config.gradient]()
+    estimator: Estimator = Pathwise() if config.gradient == "pathwise" else Reinforce()
     return DreamerAgent(model, action_dim, estimator, config.dreamer)
 
 
@@ -246,7 +246,8 @@ def _from_dict(kind: Any, values: Any) -> Any:
 def differences(old: Config, new: Config) -> list[str]:
     """``field: old → new`` for every field that differs, leaving out where the run lies."""
     before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    return [f"{name}: {before[name]} → {after[name]}" for name in before if name != "run_dir" and before[name] != after[name]]
+    changed = [name for name in before if name != "run_dir" and before[name] != after[name]]
+    return [f"{name}: {before[name]} → {after[name]}" for name in changed]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 
 from agents.interface import Agent
 from runners.replay import Replay
@@ -19,6 +18,8 @@ class ResumableVectorEnv(Protocol):
     num_envs: int
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]: ...
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]: ...
 
     def step_async(self, actions: Any) -> None: ...
 
@@ -56,8 +57,8 @@ class Collector:
         self._running_return = np.zeros(n)
 
     def step(self, agent: Agent) -> None:
-        """One agent step in every environment. It is only asked for here: with processes, the environments step while the
-        caller learns, and the next call takes in what they answered."""
+        """One agent step in every environment. It is only asked for here: with processes, the environments step while
+        the caller learns, and the next call takes in what they answered."""
         self.wait()
         if self._carry is None:
             self._carry = agent.initial(self.num_envs)
@@ -134,7 +135,7 @@ def _unflatten(like: Any, tensors: Any) -> Any:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Complete episodes of one policy. ``frames`` (T,C,H,W) uint8 are the first episode's, where pixels are observed."""
+    """Complete episodes of one policy. ``frames`` (T,C,H,W) uint8: the first episode, where pixels are observed."""
 
     returns: list[float]
     lengths: list[int]
@@ -146,7 +147,7 @@ class Evaluation:
         return float(np.mean(self.returns))
 
 
-def evaluate(agent: Agent, envs: VectorEnv, episodes: int, *, seed: int, explore: bool = False) -> Evaluation:
+def evaluate(agent: Agent, envs: ResumableVectorEnv, episodes: int, *, seed: int, explore: bool = False) -> Evaluation:
     """Run ``episodes`` complete episodes, by default with the deterministic policy.
 
     Environment i plays episodes i, i + E, … of ``seed``, so that the same seed gives the same starts, and a short

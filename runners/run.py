@@ -29,9 +29,9 @@ EVALUATION_SEED = 1_000_003
 class Run:
     """Everything of one training run. Entering it creates or resumes the folder; leaving it closes what is open.
 
-    Attributes that :meth:`save` keeps: the agent, the collector with its environments, ``updates``, ``credit`` (the part
-    of an update that collected rows have paid for), ``learning`` (the prefill is over), ``last`` (env_steps at which each
-    periodic thing was last due) and the random states.
+    Attributes that :meth:`save` keeps: the agent, the collector with its environments, ``updates``, ``credit`` (the
+    part of an update that collected rows have paid for), ``learning`` (the prefill is over), ``last`` (env_steps at which
+    each periodic thing was last due) and the random states.
 
     Raises:
         ConfigError: impossible settings; a folder that is not a run, or holds a run with another configuration.
@@ -43,6 +43,8 @@ class Run:
         self.config = config
         self.path = Path(config.run_dir)
         self.device = resolve_device(config.device)
+        if config.replay_device == "cuda" and self.device.type != "cuda":
+            raise ConfigError("--replay-device cuda needs --device cuda; use --replay-device auto or host")
         configure_torch(config.threads)
         resumed = _claim(self.path, config)
         torch.manual_seed(config.seed)
@@ -135,7 +137,7 @@ class Run:
             obs_shape=space.shape,
             obs_dtype=space.dtype,
             action_dim=self.envs.single_action_space.shape[0],
-            spare=2 * between,
+            spare=between + between // 20,
             replace=True,
         )
 
@@ -166,8 +168,8 @@ def load_agent(agent: Agent, state: dict[str, Any], path: Path) -> None:
 def configure_torch(threads: int) -> None:
     """Threads and memory of this process.
 
-    glibc gives every block above 128 kB back to the system when it is freed, and a training step frees hundreds: keeping
-    them made the input normaliser ten times faster on two cores.
+    glibc gives every block above 128 kB back to the system when it is freed, and a training step frees hundreds:
+    keeping them made the input normaliser ten times faster on two cores.
     """
     torch.set_num_threads(threads or os.cpu_count() or 1)
     if sys.platform == "linux":

@@ -60,6 +60,7 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
                     start_learning(run)
                 continue
             run.credit += collector.num_envs * loop.train_ratio / (loop.batch * loop.length)
+            agent.anneal(collector.env_steps / config.env_steps)
             while run.credit >= 1:
                 meter.add(agent.update(run.replay.sample(loop.batch, loop.length, run.generator)))
                 run.credit -= 1
@@ -138,18 +139,17 @@ class Meter:
     """Means of metrics between two rows of the log; the values stay on their device until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        self._count += 1
         for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + 1)
 
     def means(self) -> dict[str, float]:
         """The means, each under ``train/``; the next row starts from nothing."""
-        out = {f"train/{name}": float(value) / self._count for name, value in self._sums.items()}
-        self._sums, self._count = {}, 0
+        out = {f"train/{name}": float(total) / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
         return out
 
 

@@ -99,7 +99,7 @@ def program(module: str, *args: str, before: str = "") -> subprocess.CompletedPr
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
     )
 

@@ -395,16 +395,9 @@ def test_everything_is_measured_and_written_down(tmp_path: Path, capsys: pytest.
     file = tmp_path / "new" / "speed.json"
     assert speed.main([*QUICK, *SMALL, "--json", str(file)]) == 0
     content = json.loads(file.read_text())
-    keys = [
-        "env/canonical",
-        "env/fast",
-        "env/vector",
-        "replay/add",
-        "replay/sample",
-        "replay/sample_mirror",
-        "update/total",
-    ]
-    keys += [f"update/{part}" for part in PARTS] + ["act/1", "act/10", "memory/own_rss", "memory/peak_rss"]
+    keys = ["env/canonical", "env/fast", "env/vector", "update/total", *(f"update/{part}" for part in PARTS)]
+    keys += ["act/1", "act/10", "replay/add", "replay/sample", "replay/sample_mirror"]
+    keys += ["memory/peak_rss", "memory/own_rss"]
     results = content["results"]
     assert list(results) == keys
     assert all(one["value"] > 0 and math.isfinite(one["value"]) and one["unit"] for one in results.values())

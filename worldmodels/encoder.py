@@ -21,7 +21,7 @@ class ConvConfig:
     hidden: int = 256
     """Units of the layer between the convolutions and the latent."""
     projector: bool = False
-    """Normalise that layer by BatchNorm over the rows (LeWorldModel's projector) instead of LayerNorm over its units."""
+    """Normalise that layer by BatchNorm over rows (LeWorldModel's projector) and not LayerNorm over units."""
 
 
 class Normaliser(nn.Module):
@@ -69,7 +69,8 @@ class ConvEncoder(nn.Module):
             kernel, stride = (8, 4) if i == 0 else (4, 2)
             stages += [nn.Conv2d(channels, out, kernel, stride, padding=(kernel - stride) // 2), nn.ReLU()]
             channels = out
-        self.convolutions = nn.Sequential(*stages).to(memory_format=torch.channels_last)
+        self.convolutions = nn.Sequential(*stages)
+        self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, *obs_shape)).numel()
         self.out = BatchNormProjector(flat, config.hidden, dim) if config.projector else mlp([flat, config.hidden, dim])

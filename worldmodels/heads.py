@@ -1,6 +1,8 @@
-"""Output heads: small MLPs, and the two-hot symexp regression of DreamerV3 (arXiv 2301.04104, section "Robust predictions")."""
+"""Output heads: small MLPs, and the two-hot symexp regression of DreamerV3 (arXiv 2301.04104)."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def symexp(x: Tensor) -> Tensor:
 def mlp_trunk(sizes: list[int]) -> nn.Sequential:
     """Linear → LayerNorm → SiLU from each size to the next."""
     layers: list[nn.Module] = []
-    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+    for i, o in itertools.pairwise(sizes):
         layers += [nn.Linear(i, o), nn.LayerNorm(o), nn.SiLU()]
     return nn.Sequential(*layers)
 
@@ -29,7 +31,7 @@ def mlp_trunk(sizes: list[int]) -> nn.Sequential:
 def mlp(sizes: list[int], *, last_scale: float | None = None) -> nn.Sequential:
     """Linear → LayerNorm → SiLU for each hidden size, then a plain Linear.
 
-    ``sizes`` is [input, hidden…, output]; ``last_scale`` multiplies the last layer's initial weights, its bias is 0 then.
+    ``sizes`` is [input, hidden…, output]; ``last_scale`` multiplies the last layer's first weights, its bias is 0 then.
     """
     last = nn.Linear(sizes[-2], sizes[-1])
     if last_scale is not None:

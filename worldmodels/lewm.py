@@ -2,7 +2,7 @@
 
     encoder    o_t → z_t
     predictor  (z_{t-K+1..t}, a_{t-K+1..t}) → ẑ_{t+1}, h_{t+1}
-    loss       ‖ẑ_{t+1} − z_{t+1}‖² + λ · SIGReg(z), with gradients through both sides: no stop-gradient, no EMA, no decoder
+    loss       ‖ẑ_{t+1} − z_{t+1}‖² + λ · SIGReg(z), gradients through both sides, no stop-gradient, EMA or decoder
 
 For online control it adds a rollout loss (predictions fed back for several steps, as in V-JEPA 2-AC, arXiv 2506.09985)
 and reward and continue heads on real and on rolled-out states. A weight of 0 removes a term.
@@ -31,10 +31,10 @@ from worldmodels.windows import unfold_windows
 class LeWMConfig:
     """The world model."""
 
-    latent_dim: int = 64
+    latent_dim: int = 32
     """Size of the latent z, D."""
     encoder: Literal["conv", "vit"] = "conv"
-    """conv for 64×64 pixels; vit is the paper's, for 224×224. State observations are read by an MLP whatever this is."""
+    """conv for 64×64 pixels; vit is the paper's, for 224×224. State observations are always read by an MLP."""
     conv: ConvConfig = field(default_factory=ConvConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
     predictor: Literal["window", "transformer"] = "window"
@@ -78,7 +78,7 @@ PAPER = LeWMConfig(
 
 
 class LeWMState(NamedTuple):
-    """The last K latents, the actions between them, which of them exist, and the features h of the newest prediction."""
+    """The last K latents, the actions between them, which of them exist, and the newest prediction's features h."""
 
     z: Float[Tensor, "B K D"]
     action: Float[Tensor, "B K1 A"]
@@ -87,13 +87,13 @@ class LeWMState(NamedTuple):
 
 
 class LeWorldModel(WorldModel):
-    """See the module's docstring. ``feat`` is [z, z − z₋₁, z₋₁ − z₋₂, …, h]: the newest latent, how it came to move, and the
-    features it was (or would be) predicted from."""
+    """See the module's docstring. ``feat`` is [z, z − z₋₁, z₋₁ − z₋₂, …, h]: the newest latent, how it came to
+    move, and the features it was (or would be) predicted from."""
 
     def __init__(
         self,
         encoder: nn.Module,
-        predictor: nn.Module,
+        predictor: Predictor,
         normaliser: Normaliser,
         *,
         action_dim: int,
@@ -104,8 +104,8 @@ class LeWorldModel(WorldModel):
         self.action_dim = action_dim
         self.normaliser = normaliser
         self.encoder = encoder
-        self.predictor: Predictor = predictor  # type: ignore[assignment]
-        self.history: int = predictor.history
+        self.predictor: Predictor = predictor
+        self.history = predictor.history
         self.feat_dim = config.latent_dim * self.history + predictor.hidden_dim
         self.reward_head = ScalarHead(self.feat_dim, config.head_units, limit=config.reward_limit)
         self.cont_head = ContinueHead(self.feat_dim, config.head_units)
@@ -226,9 +226,7 @@ class LeWorldModel(WorldModel):
         directions = random_directions(z.shape[-1], self.config.sigreg_directions, device=z.device)
         return sigreg(z.flatten(0, 1) if self.config.sigreg_sample == "batch" else z.transpose(0, 1), directions)
 
-    def _rollout(
-        self, batch: Batch, z: Tensor, after: LeWMState
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _rollout(self, batch: Batch, z: Tensor, after: LeWMState) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Open-loop predictions 1..rollout steps from every row that has that many behind it.
 
         Returns, for each step k, the features (B,T_k,F) of the state predicted for rows k.., its squared error (B,T_k)
@@ -258,9 +256,7 @@ class LeWorldModel(WorldModel):
             alive.append(survive)
         return feats, errors, alive
 
-    def _head_losses(
-        self, batch: Batch, real: Tensor, rolled: list[Tensor], alive: list[Tensor]
-    ) -> dict[str, Tensor]:
+    def _head_losses(self, batch: Batch, real: Tensor, rolled: list[Tensor], alive: list[Tensor]) -> dict[str, Tensor]:
         """Reward and continue losses on real states and on rolled-out ones, each the mean of its rows."""
         b, t = batch.reward.shape
         going = 1.0 - batch.is_terminal.float()
@@ -280,8 +276,8 @@ class LeWorldModel(WorldModel):
 
     @torch.no_grad()
     def monitors(self, batch: Batch) -> dict[str, float]:
-        """Collapse monitors on one batch: effective rank and variance of z, the SIGReg statistic, and the k-step open-loop
-        error relative to the latent's variance, beside the copy-last baseline."""
+        """Collapse monitors on one batch: effective rank and variance of z, the SIGReg statistic, and the k-step
+        open-loop error relative to the latent's variance, beside the copy-last baseline."""
         b, t = batch.reward.shape
         z = self.encode(batch.obs.flatten(0, 1)).float()
         _, after = self.states(batch, z.view(b, t, -1))
@@ -317,7 +313,7 @@ def build_world_model(obs_shape: tuple[int, ...], action_dim: int, config: LeWMC
         encoder = ViTEncoder(obs_shape, dim, config.vit)  # type: ignore[arg-type]
     else:
         encoder = ConvEncoder(obs_shape, dim, config.conv)  # type: ignore[arg-type]
-    predictor: nn.Module
+    predictor: Predictor
     if config.predictor == "transformer":
         predictor = TransformerPredictor(dim, action_dim, config.transformer)
     else:
