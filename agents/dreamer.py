@@ -42,7 +42,9 @@ class DreamerConfig:
     discount: float = 0.98
     """γ, for one decision (not for one simulator step)."""
     lam: float = 0.95
-    """λ of the λ-returns."""
+    """λ of the λ-returns in imagination, where actions are the current policy's."""
+    replay_lam: float = 0.95
+    """λ along replayed rows, whose actions are older policies': the higher, the more of those the value keeps."""
     entropy: float = 1e-2
     """Weight of the entropy bonus, against returns of scale 1."""
     replay_value_weight: float = 0.3
@@ -166,7 +168,7 @@ class DreamerAgent:
             value = self.critic.value(feat).view(b, t)
             discount = self.config.discount * (~batch.is_terminal[:, 1:]).float()
             target = lambda_return(
-                batch.reward[:, 1:], discount, value[:, 1:], self.config.lam, cut=batch.is_last[:, 1:]
+                batch.reward[:, 1:], discount, value[:, 1:], self.config.replay_lam, cut=batch.is_last[:, 1:]
             )
         # An is_last row leads nowhere; row 0 has no memory in this sample.
         mask = (~batch.is_last[:, :-1]).float()

@@ -19,7 +19,8 @@ def lambda_return(
         R_k = reward_k + discount_k · ((1 − λ) · value_k + λ · R_{k+1}),   R_{H−1} bootstraps from value_{H−1} alone
 
     ``reward_k`` and ``value_k`` belong to the state that decision k led to; ``discount_k`` is γ · cont there, 0 where
-    that state is terminal. Where ``cut`` is true the sequence ends in that state: its own value stands for all that follows.
+    that state is terminal. Where ``cut`` is true the sequence ends in that state, whose own value stands for the
+    rest.
     """
     following = value[:, -1]
     returns = []

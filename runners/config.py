@@ -47,6 +47,9 @@ class LoopConfig:
     """Episodes of an evaluation, with the deterministic policy."""
     checkpoint_every: int = 10_000
     """Env_steps between checkpoints."""
+    view_steps: int = 40
+    """Gradient steps at each evaluation for the decoder that draws what the model imagines; it never touches the
+    model. 0: no pictures."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def check(config: Config) -> None:
         ("--loop.eval-every", loop.eval_every, 1),
         ("--loop.eval-episodes", loop.eval_episodes, 1),
         ("--loop.checkpoint-every", loop.checkpoint_every, 1),
+        ("--loop.view-steps", loop.view_steps, 0),
         ("--model.latent-dim", config.model.latent_dim, 1),
         ("--model.rollout", config.model.rollout, 1),
         ("--dreamer.horizon", config.dreamer.horizon, 1),
@@ -173,7 +177,7 @@ def check(config: Config) -> None:
     if config.agent != "random" and rows < loop.length:
         raise ConfigError(
             f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at "
-            f"action repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; raise the one or lower the other"
+            f"action repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; change one of them"
         )
     if loop.prefill > config.env_steps and config.agent != "random":
         raise ConfigError(f"--loop.prefill {loop.prefill} is beyond the whole budget, --env-steps {config.env_steps}")

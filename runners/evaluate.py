@@ -37,7 +37,7 @@ class EvaluateConfig:
     seed: int = 0
     """Of the evaluation's episodes; a run's own evaluations use other seeds."""
     checkpoint: Literal["latest", "best"] = "latest"
-    """best is the one whose evaluation during training scored highest; its score there is flattered, one here is not."""
+    """best is the one whose evaluation during training scored highest, a flattered score; here it is played afresh."""
     video: str | None = None
     """Write the first episode here, as mp4."""
     explore: bool = False

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from agents.dreamer import DreamerAgent
 from agents.interface import Agent
 from envs import action_repeat_of, make_vector_env
 from envs.vector import VectorEnv
@@ -21,6 +22,7 @@ from runners.config import Config, ConfigError, build_agent, check, differences,
 from runners.logger import Logger
 from runners.replay import Replay
 from runners.rollout import Collector
+from runners.viewer import Viewer
 
 EVALUATION_SEED = 1_000_003
 """Added to a run's seed for its evaluation environments, so that training never sees their episodes."""
@@ -30,8 +32,8 @@ class Run:
     """Everything of one training run. Entering it creates or resumes the folder; leaving it closes what is open.
 
     Attributes that :meth:`save` keeps: the agent, the collector with its environments, ``updates``, ``credit`` (the
-    part of an update that collected rows have paid for), ``learning`` (the prefill is over), ``last`` (env_steps at which
-    each periodic thing was last due) and the random states.
+    part of an update that collected rows have paid for), ``learning`` (the prefill is over), ``last`` (env_steps at
+    which each periodic thing was last due), the viewer and the random states.
 
     Raises:
         ConfigError: impossible settings; a folder that is not a run, or holds a run with another configuration.
@@ -54,6 +56,7 @@ class Run:
             config.task, config.env, min(config.loop.eval_episodes, 5), config.seed + EVALUATION_SEED, processes=False
         )
         self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)
+        self.viewer = self._build_viewer()
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.updates = 0
         self.credit = 0.0
@@ -102,6 +105,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "collector": self.collector.state_dict(),
             "replay": self.replay.position(),
+            "viewer": None if self.viewer is None else self.viewer.state_dict(),
             "updates": self.updates,
             "credit": self.credit,
             "learning": self.learning,
@@ -118,10 +122,18 @@ class Run:
         self.collector.load_state_dict(state["collector"], self.agent)
         self.updates, self.credit, self.learning = state["updates"], state["credit"], state["learning"]
         self.last = dict(state["last"])
+        if self.viewer is not None:
+            self.viewer.load_state_dict(state["viewer"])
         self.generator.bit_generator.state = state["generator"]
         torch.set_rng_state(state["torch_random"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"])
+
+    def _build_viewer(self) -> Viewer | None:
+        shape = self.envs.single_observation_space.shape
+        if self.config.loop.view_steps == 0 or not isinstance(self.agent, DreamerAgent) or len(shape) != 3:
+            return None
+        return Viewer(self.config.model.latent_dim, shape, self.device, seed=self.config.seed)
 
     def _open_replay(self, *, fresh: bool) -> Replay:
         path, space, config = self.path / "replay", self.envs.single_observation_space, self.config

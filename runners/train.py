@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 import numpy as np
 from torch import Tensor
 
+from agents.dreamer import DreamerAgent
 from agents.interface import NonFiniteLoss
 from agents.random import RandomAgent
 from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
@@ -115,10 +116,24 @@ def assess(run: Run) -> Evaluation:
     seed = run.config.seed + EVALUATION_SEED + env_steps
     result = evaluate(run.agent, run.eval_envs, loop.eval_episodes, seed=seed)
     run.last_evaluation = result.mean
+    show(run, result)
     run.logger.evaluation(env_steps=env_steps, returns=result.returns, lengths=result.lengths, wall_s=wall_s)
     run.save(score=result.mean)
     run.due("checkpoint", loop.checkpoint_every)
     return result
+
+
+def show(run: Run, result: Evaluation) -> None:
+    """For the eye, in TensorBoard: the evaluation's first episode, and real frames against imagined ones."""
+    env_steps, loop = run.collector.env_steps, run.config.loop
+    if result.frames is None or loop.view_steps == 0:
+        return
+    run.logger.video("eval/episode", result.frames.transpose(0, 2, 3, 1), run.frame_rate, env_steps=env_steps)
+    if run.viewer is not None and isinstance(run.agent, DreamerAgent):
+        model = run.agent.model
+        run.viewer.fit(model, run.replay, loop.view_steps)
+        rows = run.replay.sample(loop.batch, min(20, run.replay.rows_per_stream), np.random.default_rng(env_steps))
+        run.logger.image("model/real-imagined-difference", run.viewer.strip(model, rows), env_steps=env_steps)
 
 
 def finish(run: Run, evaluation: Evaluation | None) -> Evaluation:

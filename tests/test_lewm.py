@@ -255,7 +255,8 @@ def test_observing_step_by_step_equals_the_states_of_the_batch(
 ) -> None:
     """Acting and learning see the same state: in the whole batch at once, and row by row from an empty memory."""
     model, shape = variant
-    batch = random_batch(shape, 11, (0, 5, 6))
+    batch = random_batch(shape, 11, (5, 6))
+    batch.is_first[:2, 0] = True  # The others begin with an empty memory too, within an episode.
     now, _ = model.states(batch, latents(model, batch))
     expected, settled = model.feat(now).view(4, 11, -1), model.settled(now).view(4, 11)
     state, action = model.initial(4), torch.zeros(4, 2)
