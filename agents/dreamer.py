@@ -35,6 +35,9 @@ class DreamerConfig:
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    random_actions: float = 0.5
+    """While collecting, each episode takes a uniformly random action with a probability drawn between 0 and this: actions
+    that follow from the state alone would teach the model nothing of what they cause."""
     horizon: int = 6
     """Imagined decisions, H; keep it within the world model's rollout."""
     starts: int = 96
@@ -66,10 +69,11 @@ class DreamerConfig:
 
 
 class DreamerCarry(NamedTuple):
-    """A model state and the action that left it."""
+    """A model state, the action that left it, and this episode's probability of a random one."""
 
     state: State
     action: Float[Tensor, "E A"]
+    random: Float[Tensor, " E"]
 
 
 class DreamerAgent:
@@ -99,7 +103,8 @@ class DreamerAgent:
     # -- acting --------------------------------------------------------------------------------------------------------
 
     def initial(self, envs: int) -> DreamerCarry:
-        return DreamerCarry(self.model.initial(envs), torch.zeros(envs, self.action_dim, device=self.device))
+        action = torch.zeros(envs, self.action_dim, device=self.device)
+        return DreamerCarry(self.model.initial(envs), action, action.new_zeros(envs))
 
     @torch.no_grad()
     def act(
@@ -112,7 +117,12 @@ class DreamerAgent:
             state = self.model.observe(carry.state, carry.action, pixels, first)
             feat = self.model.feat(state)
             action = self.policy.sample(feat)[0] if explore else self.average_policy.mode(feat)
-        return action.cpu().numpy(), DreamerCarry(state, action)
+        random = carry.random
+        if explore:
+            random = torch.where(first, self.config.random_actions * torch.rand_like(random), random)
+            chosen = torch.rand_like(random) < random
+            action = torch.where(chosen[:, None], 2 * torch.rand_like(action) - 1, action)
+        return action.cpu().numpy(), DreamerCarry(state, action, random)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)

@@ -124,15 +124,15 @@ def measure_update(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
     agent, batch = _learner(run, watch.device)
     total = watch.rate(lambda: agent.update(batch), "updates/s")
     total_ms = 1000 / total.value
+    memory = _memory()  # before the profiler takes its own
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(watch.device)
+        memory["memory/cuda_peak"] = Measurement(peak / 2**20, "MiB", note="allocated at once by the updates")
     parts = time_parts(agent, batch, total_ms, options.repeats)
-    memory = _memory()
     note = f"{total_ms:.1f} ms; batch {run.loop.batch}×{run.loop.length}, gradient {run.gradient}"
     results = {"update/total": replace(total, note=note)}
     for part, ms in parts.items():
         results[f"update/{part}"] = Measurement(ms, "ms", note=f"{ms / total_ms:.0%} · {PARTS[part]}")
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated(watch.device)
-        memory["memory/cuda_peak"] = Measurement(peak / 2**20, "MiB", note="allocated at once by the updates")
     return results | memory
 
 
@@ -160,7 +160,7 @@ SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "act": measure_act,
     "replay": measure_replay,
 }
-"""In the order of measuring: the copy of the replay comes last, since what it took would count as the updates' memory."""
+"""In the order of measuring: the copy of the replay comes last, or it would count among the updates' memory."""
 
 
 def measure(run: Config, options: SpeedConfig, watch: Stopwatch, said: Callable[[str], Any] = print) -> Results:

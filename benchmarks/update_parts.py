@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from agents import dreamer
 from agents.dreamer import DreamerAgent
 from worldmodels.interface import Batch
 from worldmodels.lewm import LeWorldModel
@@ -30,17 +31,19 @@ PARTS: dict[Part, str] = {
     "heads": "the rest of the model's loss: SIGReg, reward, continue",
     "imagination": "predictor steps from replayed states",
     "actor_critic": "policy, critic, imagined rewards, λ-returns",
-    "optimiser": "clipping, Adam, slow critic",
+    "optimiser": "clipping, Adam, slow copies",
     "other": "Python and launches between the operators",
 }
 """The parts and what each comprises, forward and backward together."""
 
 _MARK = "update:"
+_OPTIMISER = "Optimizer."  # PyTorch marks step and zero_grad of every optimiser itself
 _ENGINE = "autograd::engine::evaluate_function"
 
 
 def time_parts(agent: DreamerAgent, batch: Batch, total_ms: float, repeats: int) -> dict[Part, float]:
-    """Milliseconds of each part in one update, the median over ``repeats`` updates.
+    """Milliseconds of each part in one update, the median over ``repeats`` updates (of cycles of them, where behaviour
+    learns seldomer than the model).
 
     On the CPU they are shares of ``total_ms``, the update's time without the profiler. On a GPU they are the time its
     kernels run, and ``other`` is what is left of ``total_ms``.
@@ -55,8 +58,10 @@ def time_parts(agent: DreamerAgent, batch: Batch, total_ms: float, repeats: int)
     with _marked(agent, agent.model) as update:
         update(batch)
         _profile(lambda: update(batch), on_gpu)  # the first one loads the profiler
-        runs = [charge(_profile(lambda: update(batch), on_gpu), on_gpu) for _ in range(repeats)]
-    parts: dict[Part, float] = {part: median(run[part] for run in runs) / 1000 for part in PARTS}
+        # Behaviour learns in one of so many updates: only that many together show what an update takes.
+        cycle = agent.config.behaviour_every
+        runs = [[charge(_profile(lambda: update(batch), on_gpu), on_gpu) for _ in range(cycle)] for _ in range(repeats)]
+    parts: dict[Part, float] = {part: median(fmean(one[part] for one in run) for run in runs) / 1000 for part in PARTS}
     if on_gpu:
         parts["other"] = max(0.0, total_ms - sum(value for part, value in parts.items() if part != "other"))
         return parts
@@ -75,9 +80,8 @@ def _marked(agent: DreamerAgent, model: LeWorldModel) -> Iterator[Callable[[Batc
         (model.predictor, "sequence", "predictor"),
         (model, "imagine", "predictor"),
         (nn.utils, "clip_grad_norm_", "optimiser"),
-        (agent.optimiser, "step", "optimiser"),
-        (agent.optimiser, "zero_grad", "optimiser"),
         (agent.critic, "follow", "optimiser"),
+        (dreamer, "follow", "optimiser"),
     ]
     with ExitStack() as stack:
         for owner, name, mark in places:
@@ -137,7 +141,7 @@ def _backward_step(line: list[FunctionEvent]) -> FunctionEvent | None:
 
 def _forward_part(line: list[FunctionEvent]) -> Part:
     marks = {event.name.removeprefix(_MARK) for event in line if event.name.startswith(_MARK)}
-    if "optimiser" in marks:
+    if "optimiser" in marks or any(event.name.startswith(_OPTIMISER) for event in line):
         return "optimiser"
     if "encoder" in marks:
         return "encoder"

@@ -18,6 +18,7 @@ from worldmodels.encoder import ConvConfig
 from worldmodels.interface import Batch, WorldModel
 from worldmodels.lewm import LeWMConfig, build_world_model
 from worldmodels.predictor import WindowConfig
+from worldmodels.transformer import TransformerConfig
 
 CONFIG = DreamerConfig(
     policy=PolicyConfig(units=16, layers=1, min_std=0.1, max_std=1.0),
@@ -263,16 +264,19 @@ def test_gradients_do_not_accumulate_over_updates() -> None:
     assert min(norms[0]) > 0
 
 
-def test_imagination_uses_the_running_statistics_and_leaves_them_alone() -> None:
-    agent = pixel_agent(model=replace(MODEL, conv=replace(MODEL.conv, projector=True)))
-    for _ in range(2):
-        agent.update(pixel_batch())
-    (count,) = (v for k, v in agent.model.state_dict().items() if k.endswith("num_batches_tracked"))
-    assert int(count) == 2
-    before = flat(agent.model.state_dict())
-    agent.monitors(pixel_batch())
+def test_imagining_and_acting_use_running_statistics_and_leave_them_alone() -> None:
+    """An update moves them as its one call of the model's loss does, and nothing else moves them."""
+    small = TransformerConfig(history=3, depth=1, heads=2, head_dim=4, mlp=16, dropout=0.0, projector=16)
+    model = replace(MODEL, conv=replace(MODEL.conv, projector=True), predictor="transformer", transformer=small)
+    agent, batch = pixel_agent(model=model, model_lr=0.0), pixel_batch()
+    twin = copy.deepcopy(agent.model).train()
+    twin.loss(batch)
+    agent.update(batch)
+    agent.monitors(batch)
     act_along(agent, frames(2, 3), np.zeros((3, 2), bool), explore=True)
-    assert all(torch.equal(value, before[name]) for name, value in flat(agent.model.state_dict()).items())
+    after = agent.model.state_dict()
+    assert {name.split(".")[0] for name in after if name.endswith("running_mean")} == {"encoder", "predictor"}
+    assert all(torch.equal(value, after[name]) for name, value in twin.state_dict().items())
 
 
 @pytest.mark.parametrize(("field", "value"), [("reward", math.nan), ("obs", math.nan), ("obs", math.inf)])
