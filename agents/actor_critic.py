@@ -74,7 +74,7 @@ class CriticConfig:
 
     members: int = 2
     """Critics; what bootstraps is the mean of the slow copies less ``pessimism`` times their half spread."""
-    pessimism: float = 0.5
+    pessimism: float = 1.0
     """0: the mean of the slow copies; 1: their minimum (with two members)."""
     units: int = 128
     """Units of each hidden layer."""

@@ -35,7 +35,7 @@ class DreamerConfig:
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    random_actions: float = 0.5
+    random_actions: float = 0.0
     """While collecting, each episode takes a uniformly random action with a probability drawn between 0 and this: actions
     that follow from the state alone would teach the model nothing of what they cause."""
     horizon: int = 6
@@ -48,15 +48,15 @@ class DreamerConfig:
     """λ of the λ-returns in imagination, where actions are the current policy's."""
     replay_lam: float = 0.95
     """λ along replayed rows, whose actions are older policies': the higher, the more of those the value keeps."""
-    entropy: float = 1e-2
+    entropy: float = 3e-3
     """Weight of the entropy bonus, against returns of scale 1."""
     replay_value_weight: float = 0.3
     """Weight of the critic's loss on replayed rows, whose gradient reaches the encoder."""
-    behaviour_every: int = 2
+    behaviour_every: int = 1
     """Updates of the world model for each one of policy and critic, which are quicker learners."""
     policy_average: float = 0.99
     """The deterministic policy is an exponential average over its updates; this is how much of it stays at each."""
-    model_lr: float = 2e-3
+    model_lr: float = 1e-3
     """Adam's learning rate for the world model."""
     behaviour_lr: float = 5e-4
     """Adam's learning rate for policy and critic."""

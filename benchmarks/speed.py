@@ -122,14 +122,20 @@ def measure_update(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(watch.device)
     agent, batch = _learner(run, watch.device)
-    total = watch.rate(lambda: agent.update(batch), "updates/s")
+    cycle = run.dreamer.behaviour_every
+
+    def learn() -> None:
+        for _ in range(cycle):
+            agent.update(batch)
+
+    total = watch.rate(learn, "updates/s", cycle)
     total_ms = 1000 / total.value
     memory = _memory()  # before the profiler takes its own
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(watch.device)
         memory["memory/cuda_peak"] = Measurement(peak / 2**20, "MiB", note="allocated at once by the updates")
     parts = time_parts(agent, batch, total_ms, options.repeats)
-    note = f"{total_ms:.1f} ms; batch {run.loop.batch}×{run.loop.length}, gradient {run.gradient}"
+    note = f"{total_ms:.1f} ms; batch {run.loop.batch}×{run.loop.length}, {run.gradient}, behaviour in 1 of {cycle}"
     results = {"update/total": replace(total, note=note)}
     for part, ms in parts.items():
         results[f"update/{part}"] = Measurement(ms, "ms", note=f"{ms / total_ms:.0%} · {PARTS[part]}")

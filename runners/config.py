@@ -31,7 +31,7 @@ class LoopConfig:
     """Env_steps of random actions before learning starts."""
     pretrain: int = 100
     """Updates on the prefilled rows before the policy acts."""
-    train_ratio: float = 102.4
+    train_ratio: float = 76.8
     """Replayed rows for each agent step; updates per agent step are train_ratio / (batch × length)."""
     batch: int = 16
     """Sequences in an update, B."""
@@ -62,7 +62,7 @@ class Config:
     """dreamer learns in imagination; random is the floor of every comparison."""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
-    env_steps: int = 200_000
+    env_steps: int = 320_000
     """Budget, in env_steps (simulator steps, action repeat included, over all environments)."""
     seed: int = 1
     """Fixes the weights, the environments, the exploration and the sampling."""

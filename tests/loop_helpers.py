@@ -56,6 +56,7 @@ TINY = SMALL_AGENT | {
     "loop.eval-every": 320,
     "loop.eval-episodes": 3,
     "loop.checkpoint-every": 240,
+    "loop.view-steps": 4,
 }
 """Two minutes of cartpole in 120 agent steps: six episodes of 20, two of them random; 84 updates; three evaluations."""
 

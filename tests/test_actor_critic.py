@@ -98,7 +98,7 @@ def test_std_stays_within_its_bounds() -> None:
     policy = Policy(5, 2, PolicyConfig(units=16, layers=1, min_std=0.3, max_std=0.6))
     with torch.no_grad():
         policy.net[-1].weight.mul_(1e5)
-    std = policy(torch.randn(256, 5))[1]
+    std = policy(torch.randn(256, 5))[1].detach()
     assert float(std.min()) == pytest.approx(0.3, abs=1e-4)
     assert float(std.max()) == pytest.approx(0.6, abs=1e-4)
 

@@ -27,10 +27,14 @@ CONFIG = DreamerConfig(
     starts=12,
     discount=0.9,
     lam=0.8,
+    replay_lam=0.7,
     entropy=1e-3,
     replay_value_weight=0.3,
+    behaviour_every=1,
+    policy_average=0.9,
     model_lr=1e-3,
     behaviour_lr=1e-3,
+    final_lr=0.1,
     clip=10.0,
     bf16=False,
 )
@@ -73,7 +77,7 @@ def pixel_batch(batch: int = 4, rows: int = 8) -> Batch:
 def awake(agent: DreamerAgent) -> DreamerAgent:
     """Its policy, critics and heads begin at zero; this opens every path."""
     with torch.no_grad():
-        for module in (agent.model, agent.policy, agent.critic):
+        for module in (agent.model, agent.policy, agent.average_policy, agent.critic):
             for parameter in module.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return agent
@@ -131,6 +135,26 @@ def test_exploration_samples_around_the_mode() -> None:
     assert one.std() > 0.4, "at the start it explores widely"
 
 
+def test_random_actions_are_as_frequent_as_each_episode_drew() -> None:
+    """The policy is pinned at 0, so that what moves is random: in each episode with a probability of its own, uniform
+    between 0 and 0.6."""
+    agent = DreamerAgent(Point(), 1, Pathwise(), replace(CONFIG, random_actions=0.6))
+    agent.policy.sample = lambda feat: (torch.zeros(len(feat), 1), torch.zeros(len(feat)))  # type: ignore[method-assign]
+    obs, first = np.zeros((200, 300, 1), np.float32), np.zeros((200, 300), bool)
+    first[0] = first[100, :150] = True
+    actions = act_along(agent, obs, first, explore=True)[..., 0]
+    share = (actions != 0).reshape(2, 100, 300).mean(1)
+    assert share.mean() == pytest.approx(0.3, abs=0.03)
+    assert share.std() == pytest.approx(0.6 / 12**0.5, rel=0.2)
+    again, going = (np.corrcoef(share[:, rows])[0, 1] for rows in (slice(0, 150), slice(150, 300)))
+    assert abs(again) < 0.3, "a new episode draws anew"
+    assert going > 0.8
+    random = actions[actions != 0]
+    assert np.abs(random).max() <= 1
+    assert (random.mean(), random.std()) == pytest.approx((0, 1 / 3**0.5), abs=0.02)
+    assert not act_along(agent, obs[:9], first[:9], explore=False).std() > 0.1
+
+
 def test_an_environment_is_answered_the_same_alone_and_among_others() -> None:
     agent, obs, first = awake(pixel_agent()), frames(3, 6), np.zeros((6, 3), bool)
     first[0], first[3, 1] = True, True
@@ -180,14 +204,14 @@ def test_acting_changes_neither_the_agent_nor_its_inputs() -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_update_moves_every_parameter_and_answers_finite_metrics(estimator: Estimator, bf16: bool) -> None:
     agent = awake(pixel_agent(estimator, bf16=bf16))
-    groups = {"model": agent.model, "policy": agent.policy, "critic": agent.critic}
+    groups = {name: getattr(agent, name) for name in ("model", "policy", "average_policy", "critic")}
     before = {f"{g}.{n}": p.detach().clone() for g, module in groups.items() for n, p in module.named_parameters()}
     metrics = agent.update(pixel_batch())
     for group, module in groups.items():
         for name, parameter in module.named_parameters():
             assert not torch.equal(parameter, before[f"{group}.{name}"]), f"{group}.{name}"
             assert parameter.dtype == torch.float32
-            assert parameter.requires_grad != name.startswith("slow.")
+            assert parameter.requires_grad != (group == "average_policy" or name.startswith("slow."))
     expected = {"model_loss", "pred_loss", "sigreg_loss", "reward_loss", "policy_loss", "critic_loss"}
     expected |= {"replay_value_loss", "imagined_return", "model_grad_norm", "policy_grad_norm", "critic_grad_norm"}
     assert expected <= set(metrics)
@@ -206,6 +230,41 @@ def test_the_first_update_moves_model_policy_and_critic() -> None:
         names = [name for name in before if name.startswith(f".{group}.")]
         assert names
         assert any(not torch.equal(before[name], after[name]) for name in names), group
+
+
+def test_policy_and_critic_learn_at_every_so_many_updates() -> None:
+    agent = awake(pixel_agent(behaviour_every=3))
+    behaviour = ("policy", "average_policy", "critic", "scale")
+    for update in range(5):
+        before = flat(agent.state_dict())
+        metrics = agent.update(pixel_batch())
+        after = flat(agent.state_dict())
+        moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+        due = update % 3 == 0
+        assert "model" in moved
+        assert moved.issuperset(behaviour) if due else moved.isdisjoint(behaviour)
+        assert ("policy_loss" in metrics) == ("policy_grad_norm" in metrics) == ("critic_grad_norm" in metrics) == due
+
+
+def test_the_deterministic_policy_is_an_average_over_updates() -> None:
+    agent = awake(pixel_agent(policy_average=0.75))
+    before = [p.clone() for p in agent.average_policy.parameters()]
+    agent.update(pixel_batch())
+    for old, new, policy in zip(before, agent.average_policy.parameters(), agent.policy.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * policy)
+    obs, first = frames(3, 2), np.zeros((2, 3), bool)
+    known = act_along(agent, obs, first, explore=False)
+    agent.policy.load_state_dict(pixel_agent().policy.state_dict())
+    np.testing.assert_array_equal(act_along(agent, obs, first, explore=False), known)
+
+
+def test_learning_rates_fall_linearly_to_their_last_fraction() -> None:
+    agent = pixel_agent(model_lr=1e-2, behaviour_lr=1e-3, final_lr=0.2)
+    for progress, factor in ((0.0, 1.0), (0.5, 0.6), (1.0, 0.2), (7.0, 0.2), (0.25, 0.8)):
+        agent.anneal(progress)
+        rates = {name: optimiser.param_groups[0]["lr"] for name, optimiser in agent.optimisers.items()}
+        expected = {"model": 1e-2 * factor, "policy": 1e-3 * factor, "critic": 1e-3 * factor}
+        assert rates == pytest.approx(expected)
 
 
 def still_gradients(estimator: Estimator, **changes: Any) -> dict[str, list[Tensor]]:
@@ -309,19 +368,20 @@ def test_the_message_names_what_is_not_finite() -> None:
 
 
 def test_a_restored_agent_goes_on_bit_by_bit() -> None:
-    batches = [pixel_batch() for _ in range(4)]
-    agent = pixel_agent()
-    for batch in batches[:2]:
+    """From the third update on, where the next one leaves the policy alone."""
+    batches = [pixel_batch() for _ in range(6)]
+    agent = pixel_agent(behaviour_every=2)
+    for batch in batches[:3]:
         agent.update(batch)
     saved = copy.deepcopy(agent.state_dict())
-    other = awake(pixel_agent())
+    other = awake(pixel_agent(behaviour_every=2))
     other.load_state_dict(saved)
     seen = []
     for one in (agent, other):
         torch.manual_seed(9)
-        updates = [one.update(batch) for batch in batches[2:]]
-        actions = act_along(one, frames(2, 4), np.zeros((4, 2), bool), explore=True)
-        seen.append((flat(updates), flat(one.state_dict()), actions))
+        updates = [one.update(batch) for batch in batches[3:]]
+        paths = [act_along(one, frames(2, 4), np.zeros((4, 2), bool), explore=e) for e in (False, True)]
+        seen.append((flat(updates), flat(one.state_dict()), np.stack(paths)))
     (metrics, state, actions), (other_metrics, other_state, other_actions) = seen
     assert set(metrics) == set(other_metrics)
     assert set(state) == set(other_state)
@@ -346,7 +406,7 @@ def test_the_state_holds_optimiser_scale_and_the_input_s_fit() -> None:
     state = agent.state_dict()
     assert state["model"]["normaliser.fitted"]
     assert state["model"]["normaliser.mean"].any()
-    assert state["optimiser"]["state"]
+    assert all(state["optimisers"][name]["state"] for name in ("model", "policy", "critic"))
     assert float(state["scale"]["high"]) != 0
     assert any(name.startswith("slow.") for name in state["critic"])
 
@@ -571,7 +631,7 @@ def countdown_batch() -> Batch:
 
 
 def replay_value_loss(batch: Batch, lam: float) -> float:
-    agent = DreamerAgent(Countdown(), 1, Pathwise(), replace(CONFIG, discount=0.9, lam=lam, starts=4))
+    agent = DreamerAgent(Countdown(), 1, Pathwise(), replace(CONFIG, discount=0.9, replay_lam=lam, starts=4))
     agent.critic = KnownValue(worth)  # type: ignore[assignment]
     return float(agent.update(batch)["replay_value_loss"])
 

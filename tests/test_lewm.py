@@ -87,7 +87,7 @@ class EndsWhereEven(nn.Module):
         return ((~even(feat[..., 0])).float() - target).square()
 
 
-def exact_world(predictor: nn.Module, rows: int, starts: tuple[int, ...], batch: int = 3) -> Batch:
+def exact_world(predictor: Momentum, rows: int, starts: tuple[int, ...], batch: int = 3) -> Batch:
     """Episodes that follow ``predictor``'s rule, in sixteenths, so that float arithmetic is exact.
 
     The reward is the action before, and a state is terminal where x is even, so that both are known on every row.
@@ -110,7 +110,7 @@ def exact_world(predictor: nn.Module, rows: int, starts: tuple[int, ...], batch:
     return Batch(x, action, torch.where(is_first, 7.0, reward), is_first, is_last, even(x[..., 0]))
 
 
-def toy(predictor: nn.Module, **changes: object) -> LeWorldModel:
+def toy(predictor: Momentum, **changes: object) -> LeWorldModel:
     """A world model whose latent is the observation."""
     config = replace(SMALL, latent_dim=1, **changes)
     model = LeWorldModel(nn.Identity(), predictor, Normaliser((1,), per_feature=True), action_dim=1, config=config)

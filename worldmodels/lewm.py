@@ -31,7 +31,7 @@ from worldmodels.windows import unfold_windows
 class LeWMConfig:
     """The world model."""
 
-    latent_dim: int = 32
+    latent_dim: int = 64
     """Size of the latent z, D."""
     encoder: Literal["conv", "vit"] = "conv"
     """conv for 64×64 pixels; vit is the paper's, for 224×224. State observations are always read by an MLP."""
@@ -41,7 +41,7 @@ class LeWMConfig:
     """window is a fast MLP; transformer is the paper's."""
     window: WindowConfig = field(default_factory=WindowConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    sigreg_weight: float = 0.03
+    sigreg_weight: float = 0.01
     """λ, the weight of SIGReg. The statistic grows with the number of rows in a sample: changing batch or length
     changes λ."""
     sigreg_sample: Literal["batch", "step"] = "batch"

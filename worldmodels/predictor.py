@@ -16,7 +16,7 @@ from worldmodels.windows import unfold_windows
 class WindowConfig:
     """The windowed predictor."""
 
-    history: int = 5
+    history: int = 3
     """Frames in the window, K."""
     hidden: tuple[int, ...] = (256, 192)
     """Units of the layers; the last one is what the heads, the policy and the critic read beside z."""
