@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +17,35 @@ from worldmodels.heads import ScalarHead, mlp
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The policy: a normal squashed by tanh."""
+    """The policy: a normal distribution over actions, kept in the box."""
+
+    kind: Literal["bounded", "squashed"] = "bounded"
+    """bounded: tanh bounds the mean and actions are clipped, so that the noise keeps its size at the box's edge.
+    squashed: tanh bounds the sample, as in SAC, and the noise dies where the mean saturates."""
 
     units: int = 128
     """Units of each hidden layer."""
     layers: int = 2
     """Hidden layers."""
     min_std: float = 0.1
-    """Smallest standard deviation, before tanh."""
+    """Smallest standard deviation."""
     max_std: float = 1.0
-    """Largest standard deviation, before tanh."""
+    """Largest standard deviation."""
+
+
+class Draw(NamedTuple):
+    """One sample of a policy."""
+
+    action: Float[Tensor, "*N A"]
+    """In [-1, 1], with the gradient of reparametrisation."""
+    entropy: Float[Tensor, "*N"]
+    """An estimate of the entropy whose gradient is the entropy's."""
+    log_prob: Float[Tensor, "*N"]
+    """Of this very action, held fixed: what REINFORCE differentiates."""
 
 
 class Policy(nn.Module):
-    """feat (…,F) → a tanh-squashed normal over actions in (-1, 1).
-
-    The entropy of the squashed action falls as the mean saturates, so that the entropy bonus also keeps the mean from
-    pinning at the box's edge, which the entropy of the normal alone would not.
-    """
+    """feat (…,F) → a distribution over actions in [-1, 1]; see :class:`PolicyConfig`."""
 
     def __init__(self, feat_dim: int, action_dim: int, config: PolicyConfig) -> None:
         super().__init__()
@@ -42,7 +53,7 @@ class Policy(nn.Module):
         self.net = mlp([feat_dim, *[config.units] * config.layers, 2 * action_dim], last_scale=0.01)
 
     def forward(self, feat: Float[Tensor, "*N F"]) -> tuple[Float[Tensor, "*N A"], Float[Tensor, "*N A"]]:
-        """Mean and standard deviation before the squash."""
+        """Mean, before tanh, and standard deviation."""
         mean, raw = self.net(feat).float().chunk(2, -1)
         lowest, highest = self.config.min_std, self.config.max_std
         # At the start raw is near 0: the shift makes the first std close to the largest one.
@@ -52,11 +63,21 @@ class Policy(nn.Module):
         """The deterministic action."""
         return torch.tanh(self(feat)[0])
 
-    def sample(self, feat: Float[Tensor, "*N F"]) -> tuple[Float[Tensor, "*N A"], Float[Tensor, "*N"]]:
-        """A reparametrised action and its log probability (summed over action dimensions)."""
+    def sample(self, feat: Float[Tensor, "*N F"]) -> Draw:
+        """A random action."""
         mean, std = self(feat)
-        raw = mean + std * torch.randn_like(std)
-        return torch.tanh(raw), squashed_log_prob(raw, mean, std)
+        noise = torch.randn_like(std)
+        if self.config.kind == "squashed":
+            raw = mean + std * noise
+            entropy = -squashed_log_prob(raw, mean, std)
+            return Draw(torch.tanh(raw), entropy, squashed_log_prob(raw.detach(), mean, std))
+        centre = torch.tanh(mean)
+        free = centre + std * noise
+        # Clipped in value but not in gradient: a sample beyond the edge still tells the mean where to go.
+        action = free + (free.clamp(-1, 1) - free).detach()
+        entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        log_prob = -0.5 * ((free.detach() - centre) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+        return Draw(action, entropy, log_prob.sum(-1))
 
 
 def squashed_log_prob(
@@ -152,6 +173,7 @@ class Imagined(NamedTuple):
     scale: Float[Tensor, ""]
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """A policy-gradient estimator. ``through_dynamics``: whether imagination has to carry gradients."""
 

@@ -22,7 +22,6 @@ from agents.actor_critic import (
     PolicyConfig,
     ReturnScale,
     follow,
-    squashed_log_prob,
 )
 from agents.interface import NonFiniteLoss
 from agents.returns import lambda_return
@@ -36,8 +35,8 @@ class DreamerConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     random_actions: float = 0.0
-    """While collecting, each episode takes a uniformly random action with a probability drawn between 0 and this: actions
-    that follow from the state alone would teach the model nothing of what they cause."""
+    """While collecting, each episode takes a uniformly random action with a probability drawn between 0 and this:
+    actions that follow from the state alone would teach the model nothing of what they cause."""
     horizon: int = 6
     """Imagined decisions, H; keep it within the world model's rollout."""
     starts: int = 96
@@ -116,7 +115,7 @@ class DreamerAgent:
         with self._autocast():
             state = self.model.observe(carry.state, carry.action, pixels, first)
             feat = self.model.feat(state)
-            action = self.policy.sample(feat)[0] if explore else self.average_policy.mode(feat)
+            action = self.policy.sample(feat).action if explore else self.average_policy.mode(feat)
         random = carry.random
         if explore:
             random = torch.where(first, self.config.random_actions * torch.rand_like(random), random)
@@ -223,20 +222,15 @@ class DreamerAgent:
         )
 
     def _imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """H decisions from N states: features (N,H+1,F), log probabilities and entropy estimates (N,H).
-
-        The log probability is of the chosen action held fixed (what REINFORCE differentiates); the entropy estimate is
-        −log p of the reparametrised action (what pathwise gradients differentiate).
-        """
+        """H decisions from N states: features (N,H+1,F), log probabilities and entropies (N,H)."""
         feats = [self.model.feat(state)]
         log_probs, entropies = [], []
         for _ in range(self.config.horizon):
-            mean, std = self.policy(feats[-1].detach())
-            raw = mean + std * torch.randn_like(std)
-            entropies.append(-squashed_log_prob(raw, mean, std))
-            log_probs.append(squashed_log_prob(raw.detach(), mean, std))
+            draw = self.policy.sample(feats[-1].detach())
+            entropies.append(draw.entropy)
+            log_probs.append(draw.log_prob)
             with torch.set_grad_enabled(self.estimator.through_dynamics):
-                state = self.model.imagine(state, torch.tanh(raw))
+                state = self.model.imagine(state, draw.action)
                 feats.append(self.model.feat(state))
         return torch.stack(feats, 1), torch.stack(log_probs, 1), torch.stack(entropies, 1)
 

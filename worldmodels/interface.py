@@ -15,7 +15,7 @@ Gymnasium's NEXT_STEP autoreset yields exactly these rows. A model's memory neve
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ State = Any
 """A world model's memory at one moment, a NamedTuple of (B, …) tensors. Opaque to agents."""
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """Predicts the next latent from the last K latents and actions. K is ``history``."""
 

@@ -198,6 +198,8 @@ class LeWorldModel(WorldModel):
         """Mean losses over rows; see the module's docstring. Rows that follow an episode's end are never predicted."""
         cfg = self.config
         b, t = batch.reward.shape
+        if t < 2:
+            raise ValueError(f"the world model needs sequences of at least 2 rows, got {t}")
         x = self.normaliser(batch.obs.flatten(0, 1))
         if cfg.shift_pixels:
             x = random_shift(x, cfg.shift_pixels)
@@ -209,7 +211,7 @@ class LeWorldModel(WorldModel):
             "sigreg_loss": self._sigreg(z.view(b, t, -1)),
         }
         loss = terms["pred_loss"] + cfg.sigreg_weight * terms["sigreg_loss"]
-        if cfg.rollout > 1 and cfg.rollout_weight:
+        if len(errors) > 1 and cfg.rollout_weight:
             steps = [_masked_mean(error, mask) for error, mask in zip(errors[1:], alive[1:], strict=True)]
             terms["rollout_loss"] = torch.stack(steps).mean()
             loss = loss + cfg.rollout_weight * terms["rollout_loss"]
@@ -234,8 +236,6 @@ class LeWorldModel(WorldModel):
         k > 1 it is T − rollout.
         """
         b, t, _ = z.shape
-        if t < 2:
-            raise ValueError(f"the world model needs sequences of at least 2 rows, got {t}")
         steps = min(self.config.rollout, t - 1)
         feats, errors, alive = [], [], []
         same = ~batch.is_first
@@ -289,12 +289,12 @@ class LeWorldModel(WorldModel):
             "latent_variance_min": variance.min(),
             "sigreg": sigreg(z, random_directions(z.shape[1], 256, device=z.device)),
         }
-        rows = z.view(b, t, -1)
+        rows, scale = z.view(b, t, -1), variance.mean().clamp(min=1e-8)
         for k in sorted({1, len(errors)}):
             n = errors[k - 1].shape[1]
             copied = (rows[:, k : k + n] - rows[:, :n]).square().mean(-1)
-            out[f"open_loop_error_{k}"] = _masked_mean(errors[k - 1], alive[k - 1]) / variance.mean()
-            out[f"copy_last_error_{k}"] = _masked_mean(copied, alive[k - 1]) / variance.mean()
+            out[f"open_loop_error_{k}"] = _masked_mean(errors[k - 1], alive[k - 1]) / scale
+            out[f"copy_last_error_{k}"] = _masked_mean(copied, alive[k - 1]) / scale
         return {name: float(value) for name, value in out.items()}
 
 
