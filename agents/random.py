@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from agents.interface import Carry
 from worldmodels.interface import Batch
 
 
@@ -18,12 +19,12 @@ class RandomAgent:
         self.action_dim = action_dim
         self.generator = np.random.default_rng(seed)
 
-    def initial(self, envs: int) -> tuple[()]:
+    def initial(self, envs: int) -> Carry:
         return ()
 
     def act(
-        self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: tuple[()], *, explore: bool
-    ) -> tuple[Float[np.ndarray, "E A"], tuple[()]]:
+        self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: Carry, *, explore: bool
+    ) -> tuple[Float[np.ndarray, "E A"], Carry]:
         return self.generator.uniform(-1, 1, (len(is_first), self.action_dim)).astype(np.float32), carry
 
     def start(self, obs: Shaped[Tensor, "N *obs"]) -> None:

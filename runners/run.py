@@ -23,6 +23,7 @@ from runners.logger import Logger
 from runners.replay import Replay
 from runners.rollout import Collector
 from runners.viewer import Viewer
+from worldmodels.lewm import LeWorldModel
 
 EVALUATION_SEED = 1_000_003
 """Added to a run's seed for its evaluation environments, so that training never sees their episodes."""
@@ -86,6 +87,12 @@ class Run:
             self.logger.message(f"resuming {self.path} at {self.collector.env_steps:,} env_steps")
 
     @property
+    def world_model(self) -> LeWorldModel | None:
+        """The agent's model, if it has one that can be looked into."""
+        model = self.agent.model if isinstance(self.agent, DreamerAgent) else None
+        return model if isinstance(model, LeWorldModel) else None
+
+    @property
     def frame_rate(self) -> float:
         """Agent steps in a second of simulated time, for videos at real speed."""
         return float(self.eval_envs.metadata["render_fps"])
@@ -131,7 +138,7 @@ class Run:
 
     def _build_viewer(self) -> Viewer | None:
         shape = self.envs.single_observation_space.shape
-        if self.config.loop.view_steps == 0 or not isinstance(self.agent, DreamerAgent) or len(shape) != 3:
+        if self.config.loop.view_steps == 0 or self.world_model is None or shape is None or len(shape) != 3:
             return None
         return Viewer(self.config.model.latent_dim, shape, self.device, seed=self.config.seed)
 

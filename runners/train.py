@@ -16,14 +16,13 @@ from types import FrameType, TracebackType
 import numpy as np
 from torch import Tensor
 
-from agents.dreamer import DreamerAgent
 from agents.interface import NonFiniteLoss
 from agents.random import RandomAgent
 from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
 from envs.vector import WorkerFailure
 from runners.checkpoint import CheckpointError, DiskFull
 from runners.config import Config, ConfigError, parse_args
-from runners.logger import write_video
+from runners.logger import read_rows, write_video
 from runners.replay import ReplayError
 from runners.rollout import Evaluation, evaluate
 from runners.run import EVALUATION_SEED, Run
@@ -129,16 +128,16 @@ def show(run: Run, result: Evaluation) -> None:
     if result.frames is None or loop.view_steps == 0:
         return
     run.logger.video("eval/episode", result.frames.transpose(0, 2, 3, 1), run.frame_rate, env_steps=env_steps)
-    if run.viewer is not None and isinstance(run.agent, DreamerAgent):
-        model = run.agent.model
+    model = run.world_model
+    if run.viewer is not None and model is not None:
         run.viewer.fit(model, run.replay, loop.view_steps)
         rows = run.replay.sample(loop.batch, min(20, run.replay.rows_per_stream), np.random.default_rng(env_steps))
         run.logger.image("model/real-imagined-difference", run.viewer.strip(model, rows), env_steps=env_steps)
 
 
 def finish(run: Run, evaluation: Evaluation | None) -> Evaluation:
-    """The last evaluation, its video, and where everything lies."""
-    result = evaluation or assess(run)
+    """The last evaluation, its video, and where everything lies. A finished run is not evaluated again."""
+    result = evaluation or recorded(run) or assess(run)
     log = run.logger
     text = f"evaluation: {result.mean:.1f} ± {np.std(result.returns):.1f} over {len(result.returns)} episodes"
     log.message(f"{run.path} reached {run.collector.env_steps:,} env_steps; {text}")
@@ -148,6 +147,14 @@ def finish(run: Run, evaluation: Evaluation | None) -> Evaluation:
         log.message(f"video: {video}")
     log.message(f"curves: tensorboard --logdir {run.path}")
     return result
+
+
+def recorded(run: Run) -> Evaluation | None:
+    """The evaluation that evals.jsonl already holds for this very moment of the run."""
+    rows = read_rows(run.path / "evals.jsonl")
+    if not rows or rows[-1]["env_steps"] != run.collector.env_steps:
+        return None
+    return Evaluation(rows[-1]["returns"], rows[-1]["lengths"], None)
 
 
 class Meter:
