@@ -19,7 +19,7 @@ from worldmodels.heads import ScalarHead, mlp
 class PolicyConfig:
     """The policy: a normal distribution over actions, kept in the box."""
 
-    kind: Literal["bounded", "squashed"] = "bounded"
+    kind: Literal["bounded", "squashed"] = "squashed"
     """bounded: tanh bounds the mean and actions are clipped, so that the noise keeps its size at the box's edge.
     squashed: tanh bounds the sample, as in SAC, and the noise dies where the mean saturates."""
 

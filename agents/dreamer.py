@@ -47,7 +47,7 @@ class DreamerConfig:
     """λ of the λ-returns in imagination, where actions are the current policy's."""
     replay_lam: float = 0.95
     """λ along replayed rows, whose actions are older policies': the higher, the more of those the value keeps."""
-    entropy: float = 3e-3
+    entropy: float = 2e-2
     """Weight of the entropy bonus, against returns of scale 1."""
     replay_value_weight: float = 0.3
     """Weight of the critic's loss on replayed rows, whose gradient reaches the encoder."""
@@ -144,7 +144,7 @@ class DreamerAgent:
             optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             model_loss, states, metrics = self.model.loss(batch)
-            value_loss = self._replay_value_loss(batch, self.model.feat(states))
+            value_loss = self._replay_value_loss(batch, self.model.feat(states), self.model.settled(states))
         (model_loss + self.config.replay_value_weight * value_loss).backward()
         metrics |= {"model_loss": model_loss.detach(), "replay_value_loss": value_loss.detach()}
         if self.updates % self.config.behaviour_every == 0:
@@ -170,7 +170,9 @@ class DreamerAgent:
         critic_loss.backward()
         return metrics
 
-    def _replay_value_loss(self, batch: Batch, feat: Float[Tensor, "R F"]) -> Float[Tensor, ""]:
+    def _replay_value_loss(
+        self, batch: Batch, feat: Float[Tensor, "R F"], settled: Bool[Tensor, " R"]
+    ) -> Float[Tensor, ""]:
         """The critic's λ-return loss along the replayed rows themselves."""
         b, t = batch.reward.shape
         with torch.no_grad():
@@ -179,9 +181,8 @@ class DreamerAgent:
             target = lambda_return(
                 batch.reward[:, 1:], discount, value[:, 1:], self.config.replay_lam, cut=batch.is_last[:, 1:]
             )
-        # An is_last row leads nowhere; row 0 has no memory in this sample.
-        mask = (~batch.is_last[:, :-1]).float()
-        mask[:, 0] = 0
+        # An is_last row leads nowhere; rows early in the sample lack the memory that acting would have had.
+        mask = (~batch.is_last[:, :-1] & settled.view(b, t)[:, :-1]).float()
         loss = self.critic.loss(feat.view(b, t, -1)[:, :-1], target)
         return (loss * mask).sum() / mask.sum().clamp(min=1)
 

@@ -41,6 +41,13 @@ def new_config(**changes: Any) -> Config:
     return dataclasses.replace(presets()["cpu"], **{"preset": "cpu", **changes})
 
 
+def longer_horizon() -> tuple[DreamerConfig, str]:
+    """The preset's agent with a horizon one longer, and how this difference is said."""
+    usual = presets()["cpu"].dreamer
+    longer = dataclasses.replace(usual, horizon=usual.horizon + 1)
+    return longer, f"dreamer.horizon: {usual.horizon} → {longer.horizon}"
+
+
 def new_run(path: Path, evaluations: list[dict[str, Any]], config: Config | None = None) -> Path:
     """The folder of a run, as far as curves are read from it."""
     path.mkdir()
@@ -72,7 +79,8 @@ def test_every_evaluation_is_a_row_with_the_statistics_of_its_episodes(tmp_path:
 
 
 def test_the_json_says_where_the_figures_come_from(tmp_path: Path) -> None:
-    config = new_config(seed=7, env_steps=9000, dreamer=DreamerConfig(horizon=4))
+    dreamer, difference = longer_horizon()
+    config = new_config(seed=7, env_steps=9000, dreamer=dreamer)
     run = new_run(tmp_path / "a", [evaluation(k, [float(k)], k) for k in (1000, 2000, 3000, 4000)], config)
     out = tmp_path / "some"
     args = [str(run), "--out", str(out), "--machine", "one core of a pocket watch", "--note", "only a test"]
@@ -86,7 +94,7 @@ def test_the_json_says_where_the_figures_come_from(tmp_path: Path) -> None:
     assert about.pop("command").startswith("python -m runners.train --preset cpu ")
     assert about == {
         "run": "a",
-        "differs_from_preset": ["env_steps: 200000 → 9000", "dreamer.horizon: 6 → 4"],
+        "differs_from_preset": [f"env_steps: {presets()['cpu'].env_steps} → 9000", difference],
         "env_steps": 4000,
         "budget_env_steps": 9000,
         "evaluations": 4,
@@ -204,7 +212,8 @@ def test_the_mean_of_seeds_is_taken_where_all_of_them_have_values() -> None:
 
 def test_runs_that_differ_in_seed_length_and_place_only_share_a_series(tmp_path: Path) -> None:
     shorter = new_config(seed=2, env_steps=7, threads=3)
-    changed = new_config(dreamer=DreamerConfig(horizon=4))
+    dreamer, difference = longer_horizon()
+    changed = new_config(dreamer=dreamer)
     configs = [new_config(seed=1), shorter, changed, new_config(agent="random"), new_config(task="dmc/walker-walk")]
     made = [
         curves.read_run(new_run(tmp_path / str(i), [evaluation(1000 * i, [1.0 * i], 60.0 * i)], config))
@@ -216,7 +225,7 @@ def test_runs_that_differ_in_seed_length_and_place_only_share_a_series(tmp_path:
     assert walker.subtitle == "seed 1 · fast rendering · action repeat 2"
     assert [(one.label, len(one.lines)) for one in cartpole.series] == [
         ("dreamer, cpu preset", 2),
-        ("dreamer, cpu preset, dreamer.horizon: 6 → 4", 1),
+        (f"dreamer, cpu preset, {difference}", 1),
         ("random", 1),
     ]
     assert [one.label for one in walker.series] == ["dreamer, cpu preset"]

@@ -224,6 +224,16 @@ def test_finished_run_ends_at_once(finished: Finished, tmp_path: Path, capsys: p
     assert rows(path / "evals.jsonl") == rows(finished.path / "evals.jsonl")
 
 
+@pytest.mark.parametrize("budget", [120, 118], ids=["last row", "within an episode"])
+def test_finished_run_is_not_evaluated_again(budget: int, tmp_path: Path) -> None:
+    """Wherever in an episode the budget ended, with a row still on its way or not."""
+    assert train(config(tmp_path, COUNTING, env_steps=budget), quiet=True) is not None
+    evaluations, state = rows(tmp_path / "evals.jsonl"), newest_state(tmp_path)
+    assert train(config(tmp_path, COUNTING, env_steps=budget), quiet=True) is not None
+    assert rows(tmp_path / "evals.jsonl") == evaluations
+    assert differing(newest_state(tmp_path), state) == []
+
+
 def test_a_run_in_progress_is_left_alone(finished: Finished, tmp_path: Path) -> None:
     """The same command in a second terminal."""
     path = shutil.copytree(finished.path, tmp_path / "run")

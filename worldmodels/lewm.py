@@ -224,6 +224,15 @@ class LeWorldModel(WorldModel):
             loss = loss + cfg.reward_weight * head_terms["reward_loss"] + cfg.cont_weight * head_terms["cont_loss"]
         return loss, states, {name: value.detach() for name, value in terms.items()}
 
+    def _remembered(self, is_first: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """Rows whose window is all that acting would have had: full, or cut by the episode's start, not by the sample's.
+
+        A window cut by the sample looks like an episode's start but moves: learning from it would teach the encoder to
+        hide motion, since what cannot be predicted costs the encoder too.
+        """
+        row = torch.arange(is_first.shape[1], device=is_first.device)
+        return (row >= self.history - 1) | is_first.cummax(1).values
+
     def _sigreg(self, z: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
         directions = random_directions(z.shape[-1], self.config.sigreg_directions, device=z.device)
         return sigreg(z.flatten(0, 1) if self.config.sigreg_sample == "batch" else z.transpose(0, 1), directions)
@@ -239,7 +248,7 @@ class LeWorldModel(WorldModel):
         steps = min(self.config.rollout, t - 1)
         feats, errors, alive = [], [], []
         same = ~batch.is_first
-        survive = same[:, 1:]
+        survive = same[:, 1:] & self._remembered(batch.is_first)[:, :-1]
         for k in range(1, steps + 1):
             if k == 1:
                 starts = t - 1
@@ -260,8 +269,8 @@ class LeWorldModel(WorldModel):
         """Reward and continue losses on real states and on rolled-out ones, each the mean of its rows."""
         b, t = batch.reward.shape
         going = 1.0 - batch.is_terminal.float()
-        # Row 0 of a sample and is_first rows have no memory, and no action led to them.
-        known = ~batch.is_first & (torch.arange(t, device=real.device) > 0)
+        # No action led to an is_first row.
+        known = ~batch.is_first & self._remembered(batch.is_first)
         feat = torch.cat([real, *(f.flatten(0, 1) for f in rolled)])
         spans = [(k + 1, f.shape[1]) for k, f in enumerate(rolled)]
         reward = torch.cat([batch.reward.flatten(), *(batch.reward[:, k : k + n].flatten() for k, n in spans)])
