@@ -17,6 +17,7 @@ from worldmodels.vit import ViTConfig, ViTEncoder
 from worldmodels.windows import unfold_windows
 
 SMALL = LeWMConfig(
+    cut_windows=True,
     latent_dim=6,
     conv=ConvConfig(channels=(4, 6, 8), hidden=16),
     window=WindowConfig(history=3, hidden=(16, 10)),
@@ -629,3 +630,16 @@ def test_with_sigreg_it_learns_to_predict_and_the_latent_stays_open() -> None:
 def test_without_sigreg_the_latent_collapses() -> None:
     before, after = learn(sigreg_weight=0.0, updates=150)
     assert after["latent_variance_mean"] < 0.02 * before["latent_variance_mean"]
+
+
+def test_windows_cut_by_the_sample_s_start_teach_nothing_unless_asked() -> None:
+    """What only a cut window could see changes no loss; an episode's own start counts."""
+    torch.manual_seed(0)
+    model = build_world_model((5,), 2, replace(SMALL, cut_windows=False, sigreg_weight=0.0))
+    is_first = torch.zeros(3, 8, dtype=torch.bool)
+    is_first[2, 5] = True
+    remembered = model._remembered(is_first)
+    history = model.history
+    assert remembered[:2].tolist() == [[t >= history - 1 for t in range(8)]] * 2
+    assert remembered[2].tolist() == [t >= min(history - 1, 5) for t in range(8)]
+    assert bool(build_world_model((5,), 2, SMALL)._remembered(is_first).all())

@@ -51,6 +51,9 @@ class LeWMConfig:
     rollout: int = 6
     """Steps that predictions are fed back for in the rollout loss; keep the imagination horizon within it. 1: none."""
     rollout_weight: float = 1.0
+    cut_windows: bool = False
+    """Whether to learn also from windows that the start of a sample cuts short, as the paper does. They look like an
+    episode's start but move, and what cannot be predicted teaches the encoder to hide it."""
     reward_weight: float = 1.0
     """Weight of the reward head's loss, whose gradient reaches the encoder."""
     cont_weight: float = 1.0
@@ -72,6 +75,7 @@ PAPER = LeWMConfig(
     sigreg_sample="step",
     sigreg_directions=1024,
     rollout=1,
+    cut_windows=True,
     head_gradient=False,
 )
 """LeWorldModel as published (arXiv 2603.19312): two loss terms, for 224×224 pixels, batches of 128 × 4 rows."""
@@ -225,11 +229,9 @@ class LeWorldModel(WorldModel):
         return loss, states, {name: value.detach() for name, value in terms.items()}
 
     def _remembered(self, is_first: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """Rows whose window is all that acting would have had: full, or cut by the episode's start, not by the sample's.
-
-        A window cut by the sample looks like an episode's start but moves: learning from it would teach the encoder to
-        hide motion, since what cannot be predicted costs the encoder too.
-        """
+        """Rows whose window is all that acting would have had: full, or cut by an episode's start, not a sample's."""
+        if self.config.cut_windows:
+            return torch.ones_like(is_first)
         row = torch.arange(is_first.shape[1], device=is_first.device)
         return (row >= self.history - 1) | is_first.cummax(1).values
 
@@ -270,7 +272,8 @@ class LeWorldModel(WorldModel):
         b, t = batch.reward.shape
         going = 1.0 - batch.is_terminal.float()
         # No action led to an is_first row.
-        known = ~batch.is_first & self._remembered(batch.is_first)
+        row = torch.arange(t, device=real.device)
+        known = ~batch.is_first & self._remembered(batch.is_first) & (row > 0)
         feat = torch.cat([real, *(f.flatten(0, 1) for f in rolled)])
         spans = [(k + 1, f.shape[1]) for k, f in enumerate(rolled)]
         reward = torch.cat([batch.reward.flatten(), *(batch.reward[:, k : k + n].flatten() for k, n in spans)])
