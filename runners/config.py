@@ -7,7 +7,8 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import torch
@@ -75,7 +76,7 @@ class Config:
     threads: int = 0
     """CPU threads that PyTorch uses. 0: all cores."""
     preset: str = "auto"
-    """Defaults of everything else: cpu, cuda, or published; auto is cuda where there is one, else cpu."""
+    """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -150,6 +151,7 @@ def check(config: Config) -> None:
     loop = config.loop
     at_least: list[tuple[str, float, float]] = [
         ("--env-steps", config.env_steps, 1),
+        ("--seed", config.seed, 0),
         ("--num-envs", config.num_envs, 1),
         ("--threads", config.threads, 0),
         ("--loop.batch", loop.batch, 1),
@@ -227,7 +229,7 @@ def from_json(text: str) -> Config:
     """
     try:
         return _from_dict(Config, json.loads(text))
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise ConfigError(f"this is not a LeDream config of this version: {error}") from error
 
 
@@ -242,9 +244,41 @@ def _from_dict(kind: Any, values: Any) -> Any:
     out: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            value = _from_dict(hints[name], value)
+            out[name] = _from_dict(hints[name], value)
+            continue
         out[name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(out[name], hints[name]):
+            raise ValueError(f"{name} is {value!r}, which is not of type {hints[name]}")
     return kind(**out)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the annotated type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if arguments:  # a union
+        return any(_fits(value, each) for each in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def read_config(path: Path) -> Config:
+    """The config.json of the run in the folder ``path``.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read; names the folder.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{path} is not a run: it has no config.json; give the folder that runners.train wrote")
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be used: {error}") from error
 
 
 def differences(old: Config, new: Config) -> list[str]:

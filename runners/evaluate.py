@@ -19,7 +19,7 @@ import tyro
 
 from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
-from runners.config import ConfigError, build_agent, from_json, resolve_device
+from runners.config import ConfigError, build_agent, read_config, resolve_device
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
 from runners.run import configure_torch, load_agent
@@ -57,19 +57,25 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
         CheckpointError: no usable checkpoint, or one of another task or size.
     """
     path = Path(config.run_dir)
-    file = path / "config.json"
-    if not file.exists():
-        raise ConfigError(f"{path} is not a run: it has no config.json; give the folder that runners.train wrote")
-    if config.episodes < 1:
-        raise ConfigError(f"--episodes is {config.episodes}, but must be at least 1")
-    run = from_json(file.read_text())
+    at_least = (
+        ("--episodes", config.episodes, 1),
+        ("--num-envs", config.num_envs, 1),
+        ("--seed", config.seed, 0),
+        ("--threads", config.threads, 0),
+    )
+    for flag, value, least in at_least:
+        if value < least:
+            raise ConfigError(f"{flag} is {value}, but must be at least {least}")
+    run = read_config(path)
     device = resolve_device(config.device)
     configure_torch(config.threads)
     checkpoints = Checkpoints(path / "checkpoints")
     found = checkpoints.best() if config.checkpoint == "best" else checkpoints.latest()
     if found is None:
         raise CheckpointError(f"{path} has no checkpoint yet; let runners.train reach its first one")
-    state, meta, _ = found
+    state, meta, where = found
+    if meta["task"] != run.task:
+        raise CheckpointError(f"{where} is a checkpoint of {meta['task']}, but {path} is a run on {run.task}")
     envs = VectorEnv(run.task, run.env, min(config.num_envs, config.episodes), config.seed, processes=False)
     try:
         agent = build_agent(run, envs.single_observation_space, envs.single_action_space, device)

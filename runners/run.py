@@ -18,7 +18,8 @@ from agents.interface import Agent
 from envs import action_repeat_of, make_vector_env
 from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
-from runners.config import Config, ConfigError, build_agent, check, differences, from_json, resolve_device, to_json
+from runners.config import Config, ConfigError, build_agent, check, differences, read_config, resolve_device, to_json
+from runners.disk import replace_file
 from runners.logger import Logger
 from runners.replay import Replay
 from runners.rollout import Collector
@@ -49,7 +50,7 @@ class Run:
         if config.replay_device == "cuda" and self.device.type != "cuda":
             raise ConfigError("--replay-device cuda needs --device cuda; use --replay-device auto or host")
         configure_torch(config.threads)
-        resumed = _claim(self.path, config)
+        resumed = _holds(self.path, config)
         torch.manual_seed(config.seed)
         self.generator = np.random.default_rng(config.seed)
         self.envs = make_vector_env(config.task, config.env, config.num_envs, config.seed)
@@ -57,6 +58,8 @@ class Run:
             config.task, config.env, min(config.loop.eval_episodes, 5), config.seed + EVALUATION_SEED, processes=False
         )
         self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)
+        if not resumed:
+            _claim(self.path, config)
         self.viewer = self._build_viewer()
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.updates = 0
@@ -201,11 +204,10 @@ def configure_torch(threads: int) -> None:
             pass  # another libc, with other habits
 
 
-def _claim(path: Path, config: Config) -> bool:
-    """Make the folder this run's. True if it already holds this very run, to be resumed."""
-    file = path / "config.json"
-    if file.exists():
-        changed = differences(from_json(file.read_text()), config)
+def _holds(path: Path, config: Config) -> bool:
+    """Whether the folder already holds this very run, to be resumed. Changes nothing."""
+    if (path / "config.json").exists():
+        changed = differences(read_config(path), config)
         if changed:
             lines = "\n  ".join(changed)
             raise ConfigError(
@@ -215,8 +217,10 @@ def _claim(path: Path, config: Config) -> bool:
         return True
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists and is not a run (it has no config.json); choose another --run-dir")
-    path.mkdir(parents=True, exist_ok=True)
-    aside = path / "config.json.tmp"
-    aside.write_text(to_json(config))
-    aside.replace(file)
     return False
+
+
+def _claim(path: Path, config: Config) -> None:
+    """Make the folder this run's."""
+    path.mkdir(parents=True, exist_ok=True)
+    replace_file(path / "config.json", to_json(config).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -112,11 +111,15 @@ class Finished(NamedTuple):
     process: subprocess.CompletedProcess[str]
 
 
-@functools.cache
+_FINISHED: list[Finished] = []
+
+
 def finished_run(factory: pytest.TempPathFactory) -> Finished:
     """One run of TINY for the whole test session."""
-    path = factory.mktemp("finished") / "run"
-    return Finished(path, program("runners.train", *flags(path, TINY)))
+    if not _FINISHED:
+        path = factory.mktemp("finished") / "run"
+        _FINISHED.append(Finished(path, program("runners.train", *flags(path, TINY))))
+    return _FINISHED[0]
 
 
 # -- what a run left ---------------------------------------------------------------------------------------------------

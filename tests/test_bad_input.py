@@ -106,6 +106,7 @@ def test_cuda_without_cuda(flag: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.timeout(60)  # a number that is let through may keep the loop busy forever
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

@@ -1,6 +1,7 @@
 """The agent: acting, an update's gradients, returns on replayed rows, saving; control learned in an exact model."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -550,6 +551,17 @@ def test_the_entropy_bonus_is_minus_the_mean_log_probability() -> None:
     assert float(metrics["policy_entropy"]) == pytest.approx(-float(log_prob.mean().detach()), rel=1e-4)
 
 
+def test_each_imagined_decision_is_taken_from_the_state_before_it() -> None:
+    quiet = replace(CONFIG.policy, min_std=1e-5, max_std=2e-5)
+    agent = awake(DreamerAgent(Point(), 1, Pathwise(), replace(CONFIG, policy=quiet, behaviour_lr=0.0, horizon=4)))
+    with torch.no_grad():
+        agent.policy.net[-1].weight.normal_()
+    agent.update(point_batch())
+    for x, following in itertools.pairwise(agent.model.begun):
+        torch.testing.assert_close(following, x + 0.3 * agent.policy.mode(x), rtol=0.0, atol=1e-4)
+    assert len(agent.model.begun) == 4
+
+
 def test_entropy_alone_spreads_the_policy() -> None:
     """With rewards drowned in the bonus the action becomes nearly uniform, whose entropy is ln 2 = 0.693."""
     config = replace(CONFIG, entropy=100.0, behaviour_lr=1e-2, horizon=2, starts=32)
@@ -631,16 +643,34 @@ def countdown_batch() -> Batch:
     return Batch(table[..., :2].clone(), torch.zeros(4, 11, 1), table[..., 2].clone(), *flags)
 
 
-def replay_value_loss(batch: Batch, lam: float) -> float:
-    agent = DreamerAgent(Countdown(), 1, Pathwise(), replace(CONFIG, discount=0.9, replay_lam=lam, starts=4))
-    agent.critic = KnownValue(worth)  # type: ignore[assignment]
-    return float(agent.update(batch)["replay_value_loss"])
+def value_loss(name: str, batch: Batch, value: Callable[[Tensor], Tensor] = worth, **lams: float) -> float:
+    """The mean squared distance of the critic's targets, on replayed or on imagined rows, from a known value."""
+    agent = DreamerAgent(Countdown(), 1, Pathwise(), replace(CONFIG, discount=0.9, starts=4, horizon=3, **lams))
+    agent.critic = KnownValue(value)  # type: ignore[assignment]
+    return float(agent.update(batch)[name])
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.8, 1.0])
 def test_returns_on_replayed_rows_are_the_true_values(lam: float) -> None:
     """Rewards, ends, cuts and bootstraps line up on every row that counts: the target is the true value whatever λ."""
-    assert replay_value_loss(countdown_batch(), lam) < 1e-9
+    assert value_loss("replay_value_loss", countdown_batch(), replay_lam=lam) < 1e-9
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.8, 1.0])
+def test_imagined_returns_are_the_true_values_of_the_states_decided_in(lam: float) -> None:
+    assert value_loss("critic_loss", countdown_batch(), lam=lam) < 1e-9
+
+
+def test_replayed_and_imagined_returns_have_a_lambda_each() -> None:
+    """With a value of 0 and λ = 0 a target is the next reward, 1; a higher λ adds later ones."""
+    one, other = {"replay_lam": 0.0, "lam": 1.0}, {"replay_lam": 1.0, "lam": 0.0}
+    known = {"replay_value_loss": one, "critic_loss": other}
+    for name in known:
+        for lams in (one, other):
+            loss = value_loss(name, countdown_batch(), lambda feat: 0 * feat[..., 0], **lams)
+            # Later decisions count less, by γ^k where the episode goes on.
+            scale = 1.0 if name == "replay_value_loss" else (1 + 0.9 + 0.81) / 3
+            assert (loss == pytest.approx(scale)) == (lams == known[name]), name
 
 
 @pytest.mark.parametrize(
@@ -655,4 +685,4 @@ def test_returns_on_replayed_rows_are_the_true_values(lam: float) -> None:
     ids=["truncation taken for an end", "an end taken for a truncation", "no cut", "cut a row late", "reward early"],
 )
 def test_a_wrong_ending_makes_them_wrong(wrong: Any) -> None:
-    assert replay_value_loss(wrong(countdown_batch()), 0.8) > 0.01
+    assert value_loss("replay_value_loss", wrong(countdown_batch()), replay_lam=0.8) > 0.01

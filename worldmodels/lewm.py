@@ -51,12 +51,14 @@ class LeWMConfig:
     rollout: int = 6
     """Steps that predictions are fed back for in the rollout loss; keep the imagination horizon within it. 1: none."""
     rollout_weight: float = 1.0
+    """Weight of the rollout loss: the mean squared error of the predictions fed back for 2 to ``rollout`` steps."""
     cut_windows: bool = False
     """Whether to learn also from windows that the start of a sample cuts short, as the paper does. They look like an
     episode's start but move, and what cannot be predicted teaches the encoder to hide it."""
     reward_weight: float = 1.0
     """Weight of the reward head's loss, whose gradient reaches the encoder."""
     cont_weight: float = 1.0
+    """Weight of the continue head's loss, whose gradient reaches the encoder."""
     head_gradient: bool = True
     """Whether reward and continue losses shape the latents; False leaves the paper's two terms alone to do so."""
     head_units: int = 128
