@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,7 @@ def check(config: Config) -> None:
     for flag, value, least in at_least:
         if value < least:
             raise ConfigError(f"{flag} is {value}, but must be at least {least:g}")
+    _check_model_and_agent(config)
     repeat = action_repeat_of(config.task, config.env)
     rows = loop.prefill // (repeat * config.num_envs)
     if config.agent != "random" and rows < loop.length:
@@ -183,6 +185,51 @@ def check(config: Config) -> None:
         )
     if loop.prefill > config.env_steps and config.agent != "random":
         raise ConfigError(f"--loop.prefill {loop.prefill} is beyond the whole budget, --env-steps {config.env_steps}")
+
+
+def _check_model_and_agent(config: Config) -> None:
+    """Raises ConfigError on a number that no model or agent can have."""
+    model, agent = config.model, config.dreamer
+    sizes = {
+        "--model.head-units": model.head_units,
+        "--model.sigreg-directions": model.sigreg_directions,
+        "--model.window.history": model.window.history,
+        "--model.conv.hidden": model.conv.hidden,
+        "--dreamer.policy.units": agent.policy.units,
+        "--dreamer.critic.units": agent.critic.units,
+        **{f"--model.conv.channels[{i}]": size for i, size in enumerate(model.conv.channels)},
+        **{f"--model.window.hidden[{i}]": size for i, size in enumerate(model.window.hidden)},
+    }
+    for flag, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{flag} is {size}, but must be at least 1")
+    unit = {
+        "--dreamer.discount": agent.discount,
+        "--dreamer.lam": agent.lam,
+        "--dreamer.replay-lam": agent.replay_lam,
+        "--dreamer.policy-average": agent.policy_average,
+        "--dreamer.random-actions": agent.random_actions,
+        "--dreamer.final-lr": agent.final_lr,
+        "--dreamer.critic.slow-rate": agent.critic.slow_rate,
+    }
+    for flag, value in unit.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{flag} is {value}, but must lie in 0 to 1")
+    weights = {
+        "--loop.train-ratio": config.loop.train_ratio,
+        "--model.sigreg-weight": model.sigreg_weight,
+        "--model.rollout-weight": model.rollout_weight,
+        "--model.reward-weight": model.reward_weight,
+        "--model.cont-weight": model.cont_weight,
+        "--dreamer.entropy": agent.entropy,
+        "--dreamer.replay-value-weight": agent.replay_value_weight,
+        "--dreamer.model-lr": agent.model_lr,
+        "--dreamer.behaviour-lr": agent.behaviour_lr,
+        "--dreamer.clip": agent.clip,
+    }
+    for flag, value in weights.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"{flag} is {value}, but must be finite and at least 0")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -112,8 +112,8 @@ class Collector:
         self._obs = self.envs.set_state(state["envs"])
         self._row = {name: value.numpy().copy() for name, value in state["row"].items()}
         self._running_return = state["running_return"].numpy().copy()
-        self._carry = None
-        if state["carry"] is not None:
+        self._carry = state["carry"]
+        if self._carry:  # what acts in the prefill remembers nothing
             like = agent.initial(self.num_envs)
             self._carry = _unflatten(like, iter(state["carry"]))
         self.env_steps, self.agent_steps = state["env_steps"], state["agent_steps"]

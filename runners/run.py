@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from agents.dreamer import DreamerAgent
 from agents.interface import Agent
+from agents.random import RandomAgent
 from envs import action_repeat_of, make_vector_env
 from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
@@ -28,6 +30,9 @@ from worldmodels.lewm import LeWorldModel
 
 EVALUATION_SEED = 1_000_003
 """Added to a run's seed for its evaluation environments, so that training never sees their episodes."""
+
+PREFILL_SEED = 2_000_003
+"""Added to a run's seed for the prefill's actions, so that the random agent does not repeat them."""
 
 
 class Run:
@@ -61,6 +66,8 @@ class Run:
         if not resumed:
             _claim(self.path, config)
         self.viewer = self._build_viewer()
+        self._lock = _lock(self.path)
+        self.prefiller = RandomAgent(self.envs.single_action_space.shape[0], config.seed + PREFILL_SEED)
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.updates = 0
         self.credit = 0.0
@@ -116,6 +123,7 @@ class Run:
             "collector": self.collector.state_dict(),
             "replay": self.replay.position(),
             "viewer": None if self.viewer is None else self.viewer.state_dict(),
+            "prefiller": self.prefiller.state_dict(),
             "updates": self.updates,
             "credit": self.credit,
             "learning": self.learning,
@@ -132,6 +140,7 @@ class Run:
         self.collector.load_state_dict(state["collector"], self.agent)
         self.updates, self.credit, self.learning = state["updates"], state["credit"], state["learning"]
         self.last = dict(state["last"])
+        self.prefiller.load_state_dict(state["prefiller"])
         if self.viewer is not None:
             self.viewer.load_state_dict(state["viewer"])
         self.generator.bit_generator.state = state["generator"]
@@ -173,6 +182,24 @@ class Run:
         self.envs.close()
         self.eval_envs.close()
         self.replay.close()
+        os.close(self._lock)
+
+
+def _lock(path: Path) -> int:
+    """Hold the folder until the descriptor is closed or the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"{path} is being trained by another process; wait for it, or choose another --run-dir"
+        ) from None
+    return descriptor
 
 
 def load_agent(agent: Agent, state: dict[str, Any], path: Path) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 from torch import Tensor
 
 from agents.interface import NonFiniteLoss
-from agents.random import RandomAgent
 from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
 from envs.vector import WorkerFailure
 from runners.checkpoint import CheckpointError, DiskFull
@@ -51,15 +50,15 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
     with Run(config, quiet=quiet) as run, StopOnSignal() as stop:
         collector, agent, log = run.collector, run.agent, run.logger
         meter = Meter()
-        prefiller = RandomAgent(collector.action_dim, config.seed)
         newest: Evaluation | None = None
         while collector.env_steps < config.env_steps and not stop.asked:
-            collector.step(agent if run.learning else prefiller)
+            before = collector.agent_steps
+            collector.step(agent if run.learning else run.prefiller)
             if not run.learning:
                 if collector.env_steps >= loop.prefill:
                     start_learning(run)
                 continue
-            run.credit += collector.num_envs * loop.train_ratio / (loop.batch * loop.length)
+            run.credit += (collector.agent_steps - before) * loop.train_ratio / (loop.batch * loop.length)
             agent.anneal(collector.env_steps / config.env_steps)
             while run.credit >= 1:
                 meter.add(agent.update(run.replay.sample(loop.batch, loop.length, run.generator)))
@@ -110,6 +109,7 @@ def record(run: Run, meter: Meter) -> None:
 
 def assess(run: Run) -> Evaluation:
     """Evaluate, write it down, and keep a checkpoint with the score."""
+    run.collector.wait()
     wall_s = run.logger.wall_s
     env_steps, loop = run.collector.env_steps, run.config.loop
     seed = run.config.seed + EVALUATION_SEED + env_steps

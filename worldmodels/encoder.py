@@ -70,7 +70,7 @@ class ConvEncoder(nn.Module):
             stages += [nn.Conv2d(channels, out, kernel, stride, padding=(kernel - stride) // 2), nn.ReLU()]
             channels = out
         self.convolutions = nn.Sequential(*stages)
-        self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The weights stay contiguous: fused Adam would pair channels_last ones wrongly with moments from a checkpoint.
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, *obs_shape)).numel()
         self.out = BatchNormProjector(flat, config.hidden, dim) if config.projector else mlp([flat, config.hidden, dim])

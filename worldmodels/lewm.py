@@ -142,7 +142,7 @@ class LeWorldModel(WorldModel):
             action=predicted.action,
             # The newest slot is valid always; older ones only if no episode has started since.
             valid=torch.cat([predicted.valid[:, :-1] & keep, torch.ones_like(keep)], 1),
-            hidden=torch.where(keep & state.valid[:, -1:], predicted.hidden, 0.0),
+            hidden=torch.where(keep & state.valid[:, -1:], predicted.hidden.float(), 0.0),
         )
 
     def imagine(self, state: LeWMState, action: Float[Tensor, "B A"]) -> LeWMState:
