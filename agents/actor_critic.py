@@ -156,9 +156,10 @@ class ReturnScale(nn.Module):
     def forward(self, returns: Float[Tensor, "*N"]) -> Float[Tensor, ""]:
         """Take in a batch of returns; answer the scale."""
         low, high = torch.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
-        self.low.lerp_(low, self.rate)
-        self.high.lerp_(high, self.rate)
-        return (self.high - self.low).clamp(min=1.0)
+        # A batch that is refused for a NaN must leave no trace.
+        self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
+        self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)
+        return (self.high - self.low).clamp(min=1.0) + 0 * (low + high)
 
 
 class Imagined(NamedTuple):

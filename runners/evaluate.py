@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 
 from envs.vector import VectorEnv
@@ -69,13 +70,16 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
     run = read_config(path)
     device = resolve_device(config.device)
     configure_torch(config.threads)
+    torch.manual_seed(config.seed)
     checkpoints = Checkpoints(path / "checkpoints")
     found = checkpoints.best() if config.checkpoint == "best" else checkpoints.latest()
     if found is None:
         raise CheckpointError(f"{path} has no checkpoint yet; let runners.train reach its first one")
     state, meta, where = found
     if meta["task"] != run.task:
-        raise CheckpointError(f"{where} is a checkpoint of {meta['task']}, but {path} is a run on {run.task}")
+        raise CheckpointError(
+            f"{where} is of another agent, task or size: of {meta['task']}, but {path} is a run on {run.task}"
+        )
     envs = VectorEnv(run.task, run.env, min(config.num_envs, config.episodes), config.seed, processes=False)
     try:
         agent = build_agent(run, envs.single_observation_space, envs.single_action_space, device)

@@ -202,7 +202,7 @@ def _lock(path: Path) -> int:
     """A lock that lasts until it is closed or the process ends, however it ends; child processes do not inherit it."""
     fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         os.close(fd)
         raise ReplayError(f"{path} is being written by another process; wait for it or stop it") from error

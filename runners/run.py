@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,51 +49,56 @@ class Run:
     """
 
     def __init__(self, config: Config, *, quiet: bool = False) -> None:
-        check(config)
-        self.config = config
-        self.path = Path(config.run_dir)
         self.device = resolve_device(config.device)
         if config.replay_device == "cuda" and self.device.type != "cuda":
             raise ConfigError("--replay-device cuda needs --device cuda; use --replay-device auto or host")
+        check(config)
+        self.config = config
+        self.path = Path(config.run_dir)
         configure_torch(config.threads)
-        resumed = _holds(self.path, config)
-        torch.manual_seed(config.seed)
-        self.generator = np.random.default_rng(config.seed)
-        self.envs = make_vector_env(config.task, config.env, config.num_envs, config.seed)
-        self.eval_envs = VectorEnv(
-            config.task, config.env, min(config.loop.eval_episodes, 5), config.seed + EVALUATION_SEED, processes=False
-        )
-        self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)
-        if not resumed:
-            _claim(self.path, config)
-        self.viewer = self._build_viewer()
-        self._lock = _lock(self.path)
-        self.prefiller = RandomAgent(self.envs.single_action_space.shape[0], config.seed + PREFILL_SEED)
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.updates = 0
         self.credit = 0.0
         self.learning = False
         self.last: dict[str, int] = {}
         self.last_return: float | None = None
         self.last_evaluation: float | None = None
+        with ExitStack() as opened:
+            self._open(opened, resumed=_holds(self.path, config), quiet=quiet)
+            self._opened = opened.pop_all()
+
+    def _open(self, opened: ExitStack, *, resumed: bool, quiet: bool) -> None:
+        """Build or bring back everything; whatever has been opened is on ``opened``."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.generator = np.random.default_rng(config.seed)
+        self.envs = make_vector_env(config.task, config.env, config.num_envs, config.seed)
+        opened.callback(self.envs.close)
+        self.eval_envs = VectorEnv(
+            config.task, config.env, min(config.loop.eval_episodes, 5), config.seed + EVALUATION_SEED, processes=False
+        )
+        opened.callback(self.eval_envs.close)
+        self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)
+        if not resumed:
+            _claim(self.path, config)
+        opened.callback(os.close, _lock(self.path))
+        self.viewer = self._build_viewer()
+        self.prefiller = RandomAgent(self.envs.single_action_space.shape[0], config.seed + PREFILL_SEED)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
         saved = self.checkpoints.latest() if resumed else None
         self.replay = self._open_replay(fresh=saved is None)
-        mirror = {"auto": None, "host": False, "cuda": True}[config.replay_device]
-        self.replay.place(self.device, mirror=mirror)
+        opened.callback(self.replay.close)
+        self.replay.place(self.device, mirror={"auto": None, "host": False, "cuda": True}[config.replay_device])
         self.collector = Collector(self.envs, self.replay, self.envs.single_action_space.shape[0])
-        wall_s = 0.0
         if saved is not None:
-            state, meta, _ = saved
-            load_agent(self.agent, state["agent"], self.path)
-            self._load(state)
-            wall_s = meta["wall_s"]
+            self._load(saved[0])
         self.logger = Logger(
             self.path,
             resume_env_steps=None if saved is None else self.collector.env_steps,
             total_env_steps=config.env_steps,
-            resume_wall_s=wall_s,
+            resume_wall_s=0.0 if saved is None else saved[1]["wall_s"],
             quiet=quiet,
         )
+        opened.callback(self.logger.close)
         if saved is not None:
             self.logger.message(f"resuming {self.path} at {self.collector.env_steps:,} env_steps")
 
@@ -136,8 +142,14 @@ class Run:
         return self.checkpoints.save(self.collector.env_steps, state, meta, score)
 
     def _load(self, state: dict[str, Any]) -> None:
+        load_agent(self.agent, state["agent"], self.path)
         self.replay.truncate_to(state["replay"])
-        self.collector.load_state_dict(state["collector"], self.agent)
+        try:
+            self.collector.load_state_dict(state["collector"], self.agent)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint in {self.path} is of another agent, task or size: {error}"
+            ) from error
         self.updates, self.credit, self.learning = state["updates"], state["credit"], state["learning"]
         self.last = dict(state["last"])
         self.prefiller.load_state_dict(state["prefiller"])
@@ -178,11 +190,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.logger.close()
-        self.envs.close()
-        self.eval_envs.close()
-        self.replay.close()
-        os.close(self._lock)
+        self._opened.close()
 
 
 def _lock(path: Path) -> int:
@@ -249,5 +257,8 @@ def _holds(path: Path, config: Config) -> bool:
 
 def _claim(path: Path, config: Config) -> None:
     """Make the folder this run's."""
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{path} cannot be a run's folder: {error}; choose another --run-dir") from error
     replace_file(path / "config.json", to_json(config).encode())

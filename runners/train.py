@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import numpy as np
@@ -21,6 +22,7 @@ from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
 from envs.vector import WorkerFailure
 from runners.checkpoint import CheckpointError, DiskFull
 from runners.config import Config, ConfigError, parse_args
+from runners.disk import clear_disk_full
 from runners.logger import read_rows, write_video
 from runners.replay import ReplayError
 from runners.rollout import Evaluation, evaluate
@@ -47,7 +49,7 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
     Raises one of ``USER_ERRORS``; what was saved before stays as it was.
     """
     loop = config.loop
-    with Run(config, quiet=quiet) as run, StopOnSignal() as stop:
+    with clear_disk_full(Path(config.run_dir)), Run(config, quiet=quiet) as run, StopOnSignal() as stop:
         collector, agent, log = run.collector, run.agent, run.logger
         meter = Meter()
         newest: Evaluation | None = None

@@ -169,11 +169,17 @@ def differing(first: Any, second: Any, place: str = "state") -> list[str]:
         pairs = enumerate(zip(first, second, strict=True))
         return [found for i, (a, b) in pairs for found in differing(a, b, f"{place}.{i}")]
     if isinstance(first, torch.Tensor | np.ndarray):
-        a, b = np.asarray(first), np.asarray(second)
-        same = a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        same = first.dtype == second.dtype and first.shape == second.shape and _bytes(first) == _bytes(second)
     else:
         same = first == second
     return [] if same else [place]
+
+
+def _bytes(array: torch.Tensor | np.ndarray) -> bytes:
+    """Bit for bit: NaN equals NaN, and -0 differs from 0."""
+    if isinstance(array, torch.Tensor):  # through bytes, because numpy has no bfloat16
+        array = array.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return array.tobytes()
 
 
 # -- stopping at an exact row ------------------------------------------------------------------------------------------
