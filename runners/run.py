@@ -32,6 +32,8 @@ from worldmodels.lewm import LeWorldModel
 EVALUATION_SEED = 1_000_003
 """Added to a run's seed for its evaluation environments, so that training never sees their episodes."""
 
+FLUSH_EVERY = 500
+"""Rows between flushes of the replay: what kill -9 loses at most."""
 PREFILL_SEED = 2_000_003
 """Added to a run's seed for the prefill's actions, so that the random agent does not repeat them."""
 
@@ -180,7 +182,8 @@ class Run:
             obs_shape=space.shape,
             obs_dtype=space.dtype,
             action_dim=self.envs.single_action_space.shape[0],
-            spare=between + between // 20,
+            spare=between + FLUSH_EVERY,
+            flush_every=FLUSH_EVERY,
             replace=True,
         )
 
