@@ -153,7 +153,7 @@ def test_ctrl_c_saves_too_and_gives_the_signals_back(tmp_path: Path) -> None:
 
 
 def test_second_ctrl_c_ends_at_once_and_loses_nothing_saved(uninterrupted: Path, tmp_path: Path) -> None:
-    stop(tmp_path, COUNTING, 70)
+    stop(tmp_path, COUNTING, 64)
     saved = newest_state(tmp_path)
     with pytest.raises(KeyboardInterrupt), signal_at_row(signal.SIGINT, 3), signal_at_row(signal.SIGINT, 3):
         train(config(tmp_path, COUNTING), quiet=True)
