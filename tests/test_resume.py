@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runners.checkpoint import Checkpoints
-from runners.replay import Replay
+from runners.run import Run
 from runners.train import main, train
 from tests.loop_helpers import (
     COUNTING,
@@ -237,10 +237,10 @@ def test_finished_run_is_not_evaluated_again(budget: int, tmp_path: Path) -> Non
 def test_a_run_in_progress_is_left_alone(finished: Finished, tmp_path: Path) -> None:
     """The same command in a second terminal."""
     path = shutil.copytree(finished.path, tmp_path / "run")
-    with Replay.open(path / "replay", "r+"):
+    with Run(config(path, TINY), quiet=True):
         before = contents(path)
         process = program("runners.train", *flags(path, TINY))
         assert process.returncode == 1
-        assert "being written by another process" in process.stderr
+        assert "by another process" in process.stderr
         assert "Traceback" not in process.stderr
         assert contents(path) == before
