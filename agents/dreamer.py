@@ -41,13 +41,13 @@ class DreamerConfig:
     """Imagined decisions, H; keep it within the world model's rollout."""
     starts: int = 96
     """Replayed states that imagination starts from, an update."""
-    discount: float = 0.98
+    discount: float = 0.97
     """γ, for one decision (not for one simulator step)."""
     lam: float = 0.95
     """λ of the λ-returns in imagination, where actions are the current policy's."""
     replay_lam: float = 0.95
     """λ along replayed rows, whose actions are older policies': the higher, the more of those the value keeps."""
-    entropy: float = 2e-2
+    entropy: float = 1e-2
     """Weight of the entropy bonus, against returns of scale 1."""
     replay_value_weight: float = 0.3
     """Weight of the critic's loss on replayed rows, whose gradient reaches the encoder."""

@@ -1,7 +1,9 @@
 """One camera per environment: its OpenGL context, its scene, and the two rendering profiles.
 
 ``canonical`` is the picture that dm_control (or Gymnasium, for its own tasks) draws, pixel for pixel. ``fast`` turns
-shadows, reflections and multisampling off.
+shadows, reflections and multisampling off, and draws at twice the size to average each 2×2 pixels: without that, what is
+thinner than a pixel vanishes and what moves by less than one stands still. Software rendering does it at a small cost,
+where multisampling is dear.
 
 Several contexts live in one process, so each picture makes its own context current first. Every context is made by
 dm_control's factory, which remembers what is current per thread: mixing it with ``mujoco.Renderer``, which also
@@ -29,13 +31,16 @@ except (AttributeError, ImportError, RuntimeError) as error:  # PyOpenGL without
 Profile = Literal["fast", "canonical"]
 Image = UInt8[np.ndarray, "size size 3"]
 
+SUPERSAMPLING: dict[Profile, int] = {"fast": 2, "canonical": 1}
+"""Drawn pixels along each side of one pixel of the image."""
+
 
 def apply_profile(model: mujoco.MjModel, size: int, profile: Profile) -> None:
     """Sets the model's buffer sizes. Must come before the model's first context, which copies them.
 
-    The offscreen buffer is as large as the image in both profiles: the pictures are the same as from a larger one.
+    The offscreen buffer is as large as what is drawn: the pictures are the same as from a larger one.
     """
-    model.vis.global_.offwidth = model.vis.global_.offheight = size
+    model.vis.global_.offwidth = model.vis.global_.offheight = size * SUPERSAMPLING[profile]
     if profile == "fast":
         model.vis.quality.offsamples = 0
         model.vis.quality.shadowsize = 0
@@ -57,6 +62,14 @@ def fixed_view(model: mujoco.MjModel, camera: int) -> mujoco.MjvCamera:
     else:
         view.type = mujoco.mjtCamera.mjCAMERA_FIXED
     return view
+
+
+def average_blocks(image: UInt8[np.ndarray, "drawn drawn 3"], fine: int) -> Image:
+    """The mean of each ``fine``×``fine`` block of pixels, rounded; a new array."""
+    if fine == 1:
+        return image.copy()
+    total = sum(image[i::fine, j::fine].astype(np.uint16) for i in range(fine) for j in range(fine))
+    return ((total + fine * fine // 2) // (fine * fine)).astype(np.uint8)  # type: ignore[union-attr]
 
 
 class Camera:
@@ -81,8 +94,10 @@ class Camera:
         physics: Physics | None = None,
     ) -> None:
         self._model, self._data, self._view, self._physics = model, data, view, physics
-        self._viewport = mujoco.MjrRect(0, 0, size, size)
-        self._buffer = np.empty((size, size, 3), np.uint8)
+        self._fine = SUPERSAMPLING[profile]
+        drawn = size * self._fine
+        self._viewport = mujoco.MjrRect(0, 0, drawn, drawn)
+        self._buffer = np.empty((drawn, drawn, 3), np.uint8)
         self._option = wrapper.MjvOption()  # dm_control's: unlike MuJoCo's own it does not draw rangefinders
         self._perturb = mujoco.MjvPerturb()
         self._scene = mujoco.MjvScene(model, maxgeom=2000 + 8 * model.ngeom)
@@ -103,7 +118,7 @@ class Camera:
         )
         with contexts.gl.make_current() as thread:
             thread.call(self._draw, contexts.mujoco.ptr)
-        return self._buffer[::-1].copy()  # OpenGL's first row is the bottom one
+        return average_blocks(self._buffer[::-1], self._fine)  # OpenGL's first row is the bottom one
 
     def _contexts(self) -> Contexts:
         if self._own_contexts is not None:

@@ -55,7 +55,8 @@ class EnvConfig:
     time_limit: int | None = None
     """Longest episode, in simulator control steps (not agent steps). None: the task's own."""
     render: Literal["fast", "canonical"] = "fast"
-    """Rendering profile: canonical is the published picture; fast has no shadows, reflections or multisampling."""
+    """Rendering profile: canonical is the published picture; fast has no shadows, reflections or multisampling and
+    averages four drawn pixels into one."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("obs", ("pixels", "state", "both")), ("render", ("fast", "canonical"))):

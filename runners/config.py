@@ -43,7 +43,7 @@ class LoopConfig:
     """Rows that the replay holds, over all environments; 12.3 kB each at 64×64 pixels."""
     log_every: int = 2_000
     """Env_steps between rows of metrics.jsonl."""
-    eval_every: int = 10_000
+    eval_every: int = 20_000
     """Env_steps between evaluations."""
     eval_episodes: int = 10
     """Episodes of an evaluation, with the deterministic policy."""
@@ -64,7 +64,7 @@ class Config:
     """dreamer learns in imagination; random is the floor of every comparison."""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
-    env_steps: int = 320_000
+    env_steps: int = 400_000
     """Budget, in env_steps (simulator steps, action repeat included, over all environments)."""
     seed: int = 1
     """Fixes the weights, the environments, the exploration and the sampling."""
@@ -96,7 +96,8 @@ def presets() -> dict[str, Config]:
         env_steps=100_000,
         num_envs=4,
         env=EnvConfig(render="canonical", action_repeat=2),
-        model=LeWMConfig(latent_dim=128, rollout=8, head_units=256),
+        # SIGReg grows with the rows of a batch, of which there are four times as many.
+        model=LeWMConfig(latent_dim=128, rollout=8, head_units=256, sigreg_weight=0.0125),
         dreamer=DreamerConfig(
             policy=PolicyConfig(units=256),
             critic=CriticConfig(units=256),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -22,6 +24,20 @@ class ConvConfig:
     """Units of the layer between the convolutions and the latent."""
     projector: bool = False
     """Normalise that layer by BatchNorm over rows (LeWorldModel's projector) and not LayerNorm over units."""
+
+
+@dataclass(frozen=True)
+class KeypointConfig:
+    """The keypoint encoder: two convolutions and the mean position of what each map responds to."""
+
+    stem: int = 24
+    """Output channels of the first convolution, 8×8 with stride 4."""
+    keypoints: int = 32
+    """Maps, each summed up by one position."""
+    sharpness: float = 10.0
+    """What the maps are multiplied by at the start, before the softmax; learned for each map."""
+    hidden: int = 256
+    """Units of the layer between the positions and the latent."""
 
 
 class Normaliser(nn.Module):
@@ -80,6 +96,42 @@ class ConvEncoder(nn.Module):
         return self.out(y.permute(0, 2, 3, 1).flatten(1))
 
 
+class KeypointEncoder(nn.Module):
+    """Images (N,C,H,W), normalised → latent (N,D), through spatial softmaxes (Finn et al. 2016, arXiv 1509.06113).
+
+    Each map gives the expected position of its softmax: a coordinate of sub-pixel resolution that moves smoothly with
+    what it follows. Small things that matter, as a pole's angle, are thus in the latent from the start, where flattened
+    maps have to find them by a gradient that hardly notices them.
+    """
+
+    grid: Tensor
+
+    def __init__(self, obs_shape: tuple[int, int, int], dim: int, config: KeypointConfig) -> None:
+        super().__init__()
+        # The weights stay contiguous: fused Adam would pair channels_last ones wrongly with moments from a checkpoint.
+        self.stem = nn.Conv2d(obs_shape[0], config.stem, 8, 4, padding=2)
+        self.maps = nn.Conv2d(config.stem, config.keypoints, 3, 1, padding=1)
+        self.log_sharpness = nn.Parameter(torch.full((config.keypoints,), math.log(config.sharpness)))
+        with torch.no_grad():
+            height, width = self.stem(torch.zeros(1, *obs_shape)).shape[-2:]
+        down, across = torch.meshgrid(torch.linspace(-3, 3, height), torch.linspace(-3, 3, width), indexing="ij")
+        self.register_buffer("grid", torch.stack([across.flatten(), down.flatten()]), persistent=False)
+        self.out = mlp([2 * config.keypoints, config.hidden, dim])
+        self.linear = nn.Linear(2 * config.keypoints, dim)
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D"]:
+        positions = self.positions(x).flatten(1)
+        return self.linear(positions) + self.out(positions)
+
+    def positions(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N 2 P"]:
+        """Across and down, in [-3, 3], of each keypoint."""
+        maps = self.maps(F.relu(self.stem(x.contiguous(memory_format=torch.channels_last))))
+        # In float32: bfloat16 would round positions to a fraction of a pixel.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = maps.permute(0, 2, 3, 1).flatten(1, 2).float() * self.log_sharpness.exp()
+            return self.grid @ logits.softmax(1)
+
+
 class StateEncoder(nn.Module):
     """State vectors (N,S) float → latent (N,D)."""
 
@@ -94,7 +146,7 @@ class StateEncoder(nn.Module):
 def random_shift(x: Float[Tensor, "N C H W"], pixels: int) -> Float[Tensor, "N C H W"]:
     """DrQ's random shift (arXiv 2004.13649): each image moved by up to ``pixels`` whole pixels, edges replicated."""
     n, _, h, w = x.shape
-    padded = torch.nn.functional.pad(x, (pixels,) * 4, mode="replicate")
+    padded = F.pad(x, (pixels,) * 4, mode="replicate")
     dy = torch.randint(0, 2 * pixels + 1, (n,), device=x.device)
     dx = torch.randint(0, 2 * pixels + 1, (n,), device=x.device)
     rows = dy[:, None] + torch.arange(h, device=x.device)

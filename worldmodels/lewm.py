@@ -17,7 +17,15 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from worldmodels.encoder import ConvConfig, ConvEncoder, Normaliser, StateEncoder, random_shift
+from worldmodels.encoder import (
+    ConvConfig,
+    ConvEncoder,
+    KeypointConfig,
+    KeypointEncoder,
+    Normaliser,
+    StateEncoder,
+    random_shift,
+)
 from worldmodels.heads import ContinueHead, ScalarHead
 from worldmodels.interface import Batch, Predictor, WorldModel
 from worldmodels.predictor import WindowConfig, WindowPredictor
@@ -33,15 +41,16 @@ class LeWMConfig:
 
     latent_dim: int = 64
     """Size of the latent z, D."""
-    encoder: Literal["conv", "vit"] = "conv"
-    """conv for 64×64 pixels; vit is the paper's, for 224×224. State observations are always read by an MLP."""
+    encoder: Literal["keypoint", "conv", "vit"] = "keypoint"
+    """keypoint and conv are for 64×64 pixels; vit is the paper's, for 224×224. State is always read by an MLP."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
     conv: ConvConfig = field(default_factory=ConvConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
     predictor: Literal["window", "transformer"] = "window"
     """window is a fast MLP; transformer is the paper's."""
     window: WindowConfig = field(default_factory=WindowConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    sigreg_weight: float = 0.01
+    sigreg_weight: float = 0.05
     """λ, the weight of SIGReg. The statistic grows with the number of rows in a sample: changing batch or length
     changes λ."""
     sigreg_sample: Literal["batch", "step"] = "batch"
@@ -208,7 +217,8 @@ class LeWorldModel(WorldModel):
             raise ValueError(f"the world model needs sequences of at least 2 rows, got {t}")
         x = self.normaliser(batch.obs.flatten(0, 1))
         if cfg.shift_pixels:
-            x = random_shift(x, cfg.shift_pixels)
+            # One shift for a whole sequence: shifts between its frames would look like motion.
+            x = random_shift(x.reshape(b, -1, *x.shape[2:]), cfg.shift_pixels).reshape(x.shape)
         z = self.encoder(x).float()
         states, after = self.states(batch, z.view(b, t, -1))
         feats, errors, alive = self._rollout(batch, z.view(b, t, -1), after)
@@ -323,6 +333,8 @@ def build_world_model(obs_shape: tuple[int, ...], action_dim: int, config: LeWMC
     encoder: nn.Module
     if not image:
         encoder = StateEncoder(obs_shape[0], dim, config.conv.hidden)
+    elif config.encoder == "keypoint":
+        encoder = KeypointEncoder(obs_shape, dim, config.keypoint)  # type: ignore[arg-type]
     elif config.encoder == "vit":
         encoder = ViTEncoder(obs_shape, dim, config.vit)  # type: ignore[arg-type]
     else:
