@@ -64,7 +64,7 @@ class Config:
     """dreamer learns in imagination; random is the floor of every comparison."""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
-    env_steps: int = 400_000
+    env_steps: int = 360_000
     """Budget, in env_steps (simulator steps, action repeat included, over all environments)."""
     seed: int = 1
     """Fixes the weights, the environments, the exploration and the sampling."""
@@ -196,6 +196,9 @@ def _check_model_and_agent(config: Config) -> None:
         "--model.sigreg-directions": model.sigreg_directions,
         "--model.window.history": model.window.history,
         "--model.conv.hidden": model.conv.hidden,
+        "--model.keypoint.stem": model.keypoint.stem,
+        "--model.keypoint.keypoints": model.keypoint.keypoints,
+        "--model.keypoint.hidden": model.keypoint.hidden,
         "--dreamer.policy.units": agent.policy.units,
         "--dreamer.critic.units": agent.critic.units,
         **{f"--model.conv.channels[{i}]": size for i, size in enumerate(model.conv.channels)},

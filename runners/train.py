@@ -27,6 +27,7 @@ from runners.logger import read_rows, write_video
 from runners.replay import ReplayError
 from runners.rollout import Evaluation, evaluate
 from runners.run import EVALUATION_SEED, Run
+from runners.viewer import CONTEXT
 
 USER_ERRORS = (
     ConfigError,
@@ -131,7 +132,7 @@ def show(run: Run, result: Evaluation) -> None:
         return
     run.logger.video("eval/episode", result.frames.transpose(0, 2, 3, 1), run.frame_rate, env_steps=env_steps)
     model = run.world_model
-    if run.viewer is not None and model is not None:
+    if run.viewer is not None and model is not None and run.replay.rows_per_stream > CONTEXT:
         run.viewer.fit(model, run.replay, loop.view_steps)
         rows = run.replay.sample(loop.batch, min(20, run.replay.rows_per_stream), np.random.default_rng(env_steps))
         run.logger.image("model/real-imagined-difference", run.viewer.strip(model, rows), env_steps=env_steps)

@@ -23,6 +23,8 @@ from worldmodels.lewm import LeWorldModel
 
 EXAMPLES = 3
 """Sequences in a strip."""
+CONTEXT = 5
+"""Frames of a sequence that the model observes before it imagines."""
 LINE = 4
 """Width in pixels of the marker and of the gaps between examples."""
 SEAM = 2
@@ -76,7 +78,7 @@ class Viewer:
             return float((self.decoder(z) - pictures).square().mean())
 
     def strip(
-        self, model: LeWorldModel, batch: Batch, context: int = 5, horizon: int = 15
+        self, model: LeWorldModel, batch: Batch, context: int = CONTEXT, horizon: int = 15
     ) -> UInt8[np.ndarray, "height width 3"]:
         """A picture of up to three sequences of ``batch``, one below the other, time from left to right.
 

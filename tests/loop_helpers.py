@@ -26,8 +26,9 @@ PREFIX = "gym/tests.loop_helpers:"
 
 SMALL_AGENT = {
     "model.latent-dim": 8,
-    "model.conv.channels": (8, 8),
-    "model.conv.hidden": 16,
+    "model.keypoint.stem": 8,
+    "model.keypoint.keypoints": 8,
+    "model.keypoint.hidden": 16,
     "model.window.hidden": (16, 16),
     "model.sigreg-directions": 8,
     "model.rollout": 3,

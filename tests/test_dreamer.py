@@ -600,6 +600,16 @@ def test_starts_are_spread_over_all_settled_states() -> None:
     assert set(begun.flatten().tolist()) == set(batch.obs[batch.obs > 0].tolist())
 
 
+def test_no_imagination_starts_where_an_episode_ended_by_itself() -> None:
+    agent, batch = DreamerAgent(Point(), 1, Pathwise(), replace(CONFIG, starts=8)), point_batch()
+    terminal = torch.zeros_like(batch.is_terminal)
+    terminal[:, -1] = True
+    for _ in range(60):
+        agent.update(batch._replace(is_last=terminal, is_terminal=terminal))
+    begun = torch.cat(agent.model.begun[:: CONFIG.horizon])
+    assert set(begun.flatten().tolist()) == set(batch.obs[:, :-1][batch.obs[:, :-1] > 0].tolist())
+
+
 class Countdown(Point):
     """Reward 1 a step. Features (n, ends): n steps remain until a terminal state, or for ever where ends is 0."""
 

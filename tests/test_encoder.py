@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from worldmodels.encoder import ConvConfig, ConvEncoder, Normaliser, StateEncoder, random_shift
+from worldmodels.encoder import (
+    ConvConfig,
+    ConvEncoder,
+    KeypointConfig,
+    KeypointEncoder,
+    Normaliser,
+    StateEncoder,
+    random_shift,
+)
 
 SMALL = ConvConfig(channels=(4, 6, 8), hidden=16)
 
@@ -124,6 +132,63 @@ def test_the_whole_image_matters() -> None:
     assert x.grad is not None
     # The stages' strides reach every pixel but for padding that an inactive ReLU may hide.
     assert float((x.grad.abs().sum((0, 1)) > 0).float().mean()) > 0.9
+
+
+def dot_finder() -> KeypointEncoder:
+    """One keypoint that follows what is bright in the first channel."""
+    encoder = KeypointEncoder((1, 64, 64), 5, KeypointConfig(stem=1, keypoints=1, hidden=8, sharpness=1.0))
+    with torch.no_grad():
+        encoder.stem.weight.fill_(1 / 64)
+        encoder.maps.weight.zero_()
+        encoder.maps.weight[0, 0, 1, 1] = 40.0
+        encoder.stem.bias.zero_()
+        encoder.maps.bias.zero_()
+    return encoder
+
+
+@pytest.mark.parametrize(("row", "column"), [(32, 32), (20, 44), (44, 12)])
+def test_a_keypoint_is_where_its_map_is_bright(row: int, column: int) -> None:
+    """A bright square of 8 pixels centred between rows ``row`` − 1 and ``row``, in a grid of 16 over 64 pixels."""
+    image = torch.zeros(1, 1, 64, 64)
+    image[..., row - 4 : row + 4, column - 4 : column + 4] = 1.0
+    across, down = dot_finder().positions(image)[0, :, 0].tolist()
+    # Cell i of the grid is centred on pixel 4·i + 1.5 and lies at −3 + 6·i/15.
+    place = lambda pixel: -3 + 6 * ((pixel - 0.5 - 1.5) / 4) / 15  # noqa: E731
+    assert across == pytest.approx(place(column), abs=0.02)
+    assert down == pytest.approx(place(row), abs=0.02)
+
+
+def test_a_keypoint_moves_by_less_than_a_cell_and_always_onwards() -> None:
+    """One pixel is a quarter of a cell: the position follows each of them."""
+    images = torch.zeros(17, 1, 64, 64)
+    for i in range(17):
+        images[i, 0, 28:36, 20 + i : 28 + i] = 1.0
+    across = dot_finder().positions(images)[:, 0, 0]
+    steps = across.diff()
+    assert bool((steps > 0.02).all()), steps
+    torch.testing.assert_close(across[8] - across[0], torch.tensor(8 / 4 * 6 / 15), rtol=0.05, atol=0.0)
+
+
+def test_keypoint_encoder_is_free_in_scale_and_reads_every_image_alone() -> None:
+    encoder = KeypointEncoder((3, 32, 48), 10, KeypointConfig(stem=4, keypoints=6, hidden=16))
+    x = torch.randn(6, 3, 32, 48)
+    z = encoder(x)
+    assert z.shape == (6, 10)
+    assert float(z.norm(dim=1).std().detach()) > 1e-3
+    torch.testing.assert_close(z, encoder(x.to(memory_format=torch.channels_last)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z[2:3], encoder(x[2:3]), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_stay_exact_under_autocast() -> None:
+    """bfloat16 keeps 8 bits: rounded positions near 3 would be off by up to 0.008, a tenth of a pixel and more."""
+    encoder = dot_finder()
+    image = torch.zeros(1, 1, 64, 64)
+    image[..., 4:12, 52:60] = 1.0
+    exact = encoder.positions(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder.positions(image)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.0, atol=2e-3)
 
 
 def test_state_encoder() -> None:

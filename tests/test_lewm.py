@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worldmodels.encoder import ConvConfig, ConvEncoder, Normaliser, StateEncoder
+from worldmodels.encoder import ConvConfig, ConvEncoder, KeypointConfig, KeypointEncoder, Normaliser, StateEncoder
 from worldmodels.interface import Batch
 from worldmodels.lewm import PAPER, LeWMConfig, LeWMState, LeWorldModel, build_world_model
 from worldmodels.predictor import WindowConfig, WindowPredictor
@@ -19,6 +19,8 @@ from worldmodels.windows import unfold_windows
 SMALL = LeWMConfig(
     cut_windows=True,
     latent_dim=6,
+    encoder="conv",
+    keypoint=KeypointConfig(stem=4, keypoints=6, hidden=16),
     conv=ConvConfig(channels=(4, 6, 8), hidden=16),
     window=WindowConfig(history=3, hidden=(16, 10)),
     vit=ViTConfig(patch=4, width=24, depth=1, heads=3, mlp=32, projector=40),
@@ -226,6 +228,7 @@ def random_batch(obs_shape: tuple[int, ...], rows: int, starts: tuple[int, ...] 
 VARIANTS = {
     "conv, window": ((3, 16, 16), SMALL),
     "conv with BatchNorm, window": ((3, 16, 16), replace(SMALL, conv=replace(SMALL.conv, projector=True))),
+    "keypoint, window": ((3, 16, 16), replace(SMALL, encoder="keypoint")),
     "vit, transformer": ((3, 16, 16), replace(SMALL, encoder="vit", predictor="transformer")),
     "state, window of 1": ((5,), replace(SMALL, window=WindowConfig(history=1, hidden=(16, 10)))),
     "state, window of 2": ((5,), replace(SMALL, window=WindowConfig(history=2, hidden=(16, 10)))),
@@ -496,6 +499,18 @@ def test_images_are_shifted_in_the_loss_and_nowhere_else() -> None:
         assert torch.equal(model.encoder.seen, batch.obs[:, 0].float())
 
 
+def test_a_sequence_is_shifted_as_a_whole() -> None:
+    """What stood still still stands still, and sequences are shifted apart from each other."""
+    batch = random_batch((3, 16, 16), 4)
+    still = batch._replace(obs=batch.obs[:1, :1].expand_as(batch.obs).contiguous())
+    model = build_world_model((3, 16, 16), 2, replace(SMALL, shift_pixels=2))
+    model.encoder = Spy(model.encoder)
+    model.loss(still)
+    seen = model.encoder.seen.view(*still.obs.shape)
+    assert torch.equal(seen, seen[:, :1].expand_as(seen))
+    assert any(not torch.equal(seen[0], other) for other in seen[1:])
+
+
 @pytest.mark.parametrize("shape", [(5,), (3, 16, 16)])
 def test_no_call_changes_the_batch(shape: tuple[int, ...]) -> None:
     batch = random_batch(shape, 6, (3,))
@@ -513,15 +528,22 @@ def test_the_configuration_chooses_the_parts() -> None:
     kinds = {
         "conv": build_world_model((3, 16, 16), 2, SMALL),
         "vit": build_world_model((3, 16, 16), 2, replace(SMALL, encoder="vit", predictor="transformer")),
+        "keypoint": build_world_model((3, 16, 16), 2, replace(SMALL, encoder="keypoint")),
         "state": build_world_model((5,), 2, replace(SMALL, encoder="vit")),
     }
-    assert [type(model.encoder) for model in kinds.values()] == [ConvEncoder, ViTEncoder, StateEncoder]
+    assert [type(model.encoder) for model in kinds.values()] == [
+        ConvEncoder,
+        ViTEncoder,
+        KeypointEncoder,
+        StateEncoder,
+    ]
     assert [type(model.predictor) for model in kinds.values()] == [
         WindowPredictor,
         TransformerPredictor,
         WindowPredictor,
+        WindowPredictor,
     ]
-    assert [model.normaliser.per_feature for model in kinds.values()] == [False, False, True]
+    assert [model.normaliser.per_feature for model in kinds.values()] == [False, False, False, True]
     for model in kinds.values():
         assert model.feat(model.initial(3)).shape == (3, model.feat_dim)
 

@@ -13,6 +13,7 @@ from dm_control import suite
 
 import envs
 from envs import EnvConfig, make_env
+from envs.camera import average_blocks
 
 ONE_PER_DOMAIN = [(domain, tasks[-1], 64) for domain, tasks in suite.TASKS_BY_DOMAIN.items()]
 CAMERA = {"quadruped": 2, "fish": 3}
@@ -73,6 +74,28 @@ def test_fast_shows_the_same_scene_more_plainly(task: str) -> None:
     assert not np.array_equal(fast, canonical)
     assert np.abs(fast.astype(int) - canonical.astype(int)).mean() < 25
     assert np.corrcoef(fast.ravel(), canonical.ravel())[0, 1] > 0.7
+
+
+def test_blocks_are_averaged_and_rounded() -> None:
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[:2, :2, 0] = [[255, 255], [255, 255]]
+    image[:2, 2:, 0] = [[1, 0], [0, 1]]  # a mean of 0.5 rounds up
+    image[2:, :2, 0] = [[1, 0], [0, 0]]
+    image[2:, 2:, 2] = [[10, 20], [30, 41]]
+    mean = average_blocks(image, 2)
+    assert mean.dtype == np.uint8
+    assert mean[..., 0].tolist() == [[255, 1], [0, 0]]
+    assert mean[..., 2].tolist() == [[0, 0], [0, 25]]
+    same = average_blocks(image, 1)
+    assert np.array_equal(same, image)
+    assert not np.shares_memory(same, image)
+
+
+def test_fast_shows_what_is_thinner_than_a_pixel() -> None:
+    """Cartpole's rail is half a pixel high at 64×64: drawn at that size it falls between two rows."""
+    picture = pictures(make_env("dmc/cartpole-swingup", EnvConfig()))[0].astype(int)
+    contrast = np.abs(np.diff(picture[2, 20:40, 8], axis=0))
+    assert contrast.max() > 10
 
 
 def test_cameras_differ() -> None:

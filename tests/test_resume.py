@@ -205,10 +205,10 @@ def test_changed_config_is_refused_and_lists_what_differs(
 ) -> None:
     path = shutil.copytree(finished.path, tmp_path / "run")
     before = contents(path)
-    assert main(flags(path, TINY, seed=4, env__size=48, model__conv__channels=(8, 16))) == 1
+    assert main(flags(path, TINY, seed=4, env__size=48, model__window__hidden=(16, 24))) == 1
     error = capsys.readouterr().err
     listed = [line.strip() for line in error.splitlines() if "→" in line]
-    assert listed == ["seed: 3 → 4", "env.size: 32 → 48", "model.conv.channels: (8, 8) → (8, 16)"]
+    assert listed == ["seed: 3 → 4", "env.size: 32 → 48", "model.window.hidden: (16, 16) → (16, 24)"]
     assert "choose another --run-dir" in error
     assert contents(path) == before
 

@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def model() -> LeWorldModel:
     """Untrained, small, and with BatchNorm: its running statistics would take note of a viewer."""
-    config = LeWMConfig(latent_dim=DIM, conv=ConvConfig(channels=(4, 8, 8), hidden=16, projector=True), head_units=8)
+    conv = ConvConfig(channels=(4, 8, 8), hidden=16, projector=True)
+    config = LeWMConfig(latent_dim=DIM, encoder="conv", conv=conv, head_units=8)
     model = build_world_model((3, SIZE, SIZE), 1, config)
     noise = torch.randint(0, 256, (64, 3, SIZE, SIZE), dtype=torch.uint8)
     model.fit_normaliser(noise)
@@ -252,7 +253,8 @@ def train_a_little(path: Path, *, watched: bool) -> tuple[dict[str, Tensor], Ten
     """Weights, PyTorch's random state and the sampler's after a few updates, with and without a viewer looking on."""
     torch.manual_seed(5)
     generator = np.random.default_rng(5)
-    config = LeWMConfig(latent_dim=DIM, conv=ConvConfig(channels=(4, 8, 8), hidden=16, projector=True), head_units=8)
+    conv = ConvConfig(channels=(4, 8, 8), hidden=16, projector=True)
+    config = LeWMConfig(latent_dim=DIM, encoder="conv", conv=conv, head_units=8)
     model = build_world_model((3, SIZE, SIZE), 1, config)
     viewer = Viewer(DIM, (3, SIZE, SIZE), CPU, seed=1) if watched else None
     optimiser = torch.optim.Adam(model.parameters())
