@@ -1,9 +1,9 @@
 """One camera per environment: its OpenGL context, its scene, and the two rendering profiles.
 
 ``canonical`` is the picture that dm_control (or Gymnasium, for its own tasks) draws, pixel for pixel. ``fast`` turns
-shadows, reflections and multisampling off, and draws at twice the size to average each 2×2 pixels: without that, what is
-thinner than a pixel vanishes and what moves by less than one stands still. Software rendering does it at a small cost,
-where multisampling is dear.
+shadows, reflections and multisampling off, and draws at twice the size to average each 2×2 pixels: without that, what
+is thinner than a pixel vanishes and what moves by less than one stands still. In software that costs little, where
+multisampling is dear.
 
 Several contexts live in one process, so each picture makes its own context current first. Every context is made by
 dm_control's factory, which remembers what is current per thread: mixing it with ``mujoco.Renderer``, which also
