@@ -29,6 +29,7 @@ SMALL_AGENT = {
     "model.keypoint.stem": 8,
     "model.keypoint.keypoints": 8,
     "model.keypoint.hidden": 16,
+    "model.conv.hidden": 16,  # of the encoder of states, too
     "model.window.hidden": (16, 16),
     "model.sigreg-directions": 8,
     "model.rollout": 3,

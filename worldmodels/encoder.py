@@ -21,7 +21,7 @@ class ConvConfig:
     channels: tuple[int, ...] = (24, 48, 48)
     """Output channels of each stage. The first is an 8×8 convolution of stride 4, the others 4×4 of stride 2."""
     hidden: int = 256
-    """Units of the layer between the convolutions and the latent."""
+    """Units of the layer between the convolutions and the latent; also those of the encoder of states."""
     projector: bool = False
     """Normalise that layer by BatchNorm over rows (LeWorldModel's projector) and not LayerNorm over units."""
 
