@@ -167,9 +167,11 @@ class Logger:
         """Writes out what is pending and gives the terminal back. Closing twice is fine."""
         if self._display is not None:
             self._display.close()
-        self._events.close()
-        self._metrics.close()
-        self._evals.close()
+        try:
+            self._events.close()
+        finally:
+            self._metrics.close()
+            self._evals.close()
 
     def __enter__(self) -> Logger:
         return self
