@@ -32,7 +32,7 @@ from benchmarks.provenance import command_line, core_count, machine, machine_lin
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
 from benchmarks.update_parts import PARTS, time_parts
 from envs import EnvConfig, action_repeat_of, make_vector_env
-from runners.config import Config, ConfigError, build_agent, check, parse_args, resolve_device
+from runners.config import Config, ConfigError, build_agent, check, parse_args, refuse_below, resolve_device
 from runners.replay import Replay
 from runners.rollout import Collector
 from runners.run import configure_torch
@@ -269,15 +269,14 @@ def report(run: Config, results: Results, command: str) -> dict[str, Any]:
 
 
 def _check_options(options: SpeedConfig) -> None:
-    at_least: list[tuple[str, float, float]] = [
-        ("--processes", options.processes, 0),
-        ("--replay-rows", options.replay_rows, 1),
-        ("--repeats", options.repeats, 1),
-        ("--seconds", options.seconds, 0.001),
-    ]
-    for flag, value, least in at_least:
-        if value < least:
-            raise ConfigError(f"{flag} is {value}, but must be at least {least:g}")
+    refuse_below(
+        [
+            ("--processes", options.processes, 0),
+            ("--replay-rows", options.replay_rows, 1),
+            ("--repeats", options.repeats, 1),
+            ("--seconds", options.seconds, 0.001),
+        ]
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -142,6 +142,13 @@ class _Choice:
     device: str = "auto"
 
 
+def refuse_below(at_least: Iterable[tuple[str, float, float]]) -> None:
+    """Raises ConfigError on the first (flag, value, least) whose value is below its least."""
+    for flag, value, least in at_least:
+        if value < least:
+            raise ConfigError(f"{flag} is {value}, but must be at least {least:g}")
+
+
 def check(config: Config) -> None:
     """Refuse impossible numbers before anything is built.
 
@@ -173,9 +180,7 @@ def check(config: Config) -> None:
         ("--dreamer.behaviour-every", config.dreamer.behaviour_every, 1),
         ("--dreamer.critic.members", config.dreamer.critic.members, 1),
     ]
-    for flag, value, least in at_least:
-        if value < least:
-            raise ConfigError(f"{flag} is {value}, but must be at least {least:g}")
+    refuse_below(at_least)
     _check_model_and_agent(config)
     repeat = action_repeat_of(config.task, config.env)
     rows = loop.prefill // (repeat * config.num_envs)

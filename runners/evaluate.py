@@ -20,7 +20,7 @@ import tyro
 
 from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
-from runners.config import ConfigError, build_agent, read_config, resolve_device
+from runners.config import ConfigError, build_agent, read_config, refuse_below, resolve_device
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
 from runners.run import configure_torch, load_agent
@@ -58,15 +58,14 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
         CheckpointError: no usable checkpoint, or one of another task or size.
     """
     path = Path(config.run_dir)
-    at_least = (
-        ("--episodes", config.episodes, 1),
-        ("--num-envs", config.num_envs, 1),
-        ("--seed", config.seed, 0),
-        ("--threads", config.threads, 0),
+    refuse_below(
+        [
+            ("--episodes", config.episodes, 1),
+            ("--num-envs", config.num_envs, 1),
+            ("--seed", config.seed, 0),
+            ("--threads", config.threads, 0),
+        ]
     )
-    for flag, value, least in at_least:
-        if value < least:
-            raise ConfigError(f"{flag} is {value}, but must be at least {least}")
     run = read_config(path)
     device = resolve_device(config.device)
     configure_torch(config.threads)

@@ -241,6 +241,6 @@ def test_a_run_in_progress_is_left_alone(finished: Finished, tmp_path: Path) -> 
         before = contents(path)
         process = program("runners.train", *flags(path, TINY))
         assert process.returncode == 1
-        assert "by another process" in process.stderr
+        assert "being trained by another process" in process.stderr
         assert "Traceback" not in process.stderr
         assert contents(path) == before
