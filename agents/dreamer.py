@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +64,9 @@ class DreamerConfig:
     """Both learning rates fall linearly over the run to this fraction of themselves. 1: they stay."""
     clip: float = 10.0
     """Largest gradient norm, for the model, the policy and the critic each."""
-    bf16: bool = True
-    """Run the networks in bfloat16 autocast; losses, returns and the optimiser stay in float32."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """bf16 runs the networks in bfloat16 autocast; losses, returns and the optimiser stay in float32. auto takes it
+    where the hardware computes in it: a processor that has to emulate it takes twice as long as in float32."""
 
 
 class DreamerCarry(NamedTuple):
@@ -85,6 +86,7 @@ class DreamerAgent:
         self.estimator = estimator
         self.device = next(model.parameters()).device
         self.action_dim = action_dim
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_bf16(self.device))
         self.policy = Policy(model.feat_dim, action_dim, config.policy).to(self.device)
         self.average_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = Critic(model.feat_dim, config.critic).to(self.device)
@@ -125,7 +127,7 @@ class DreamerAgent:
         return action.cpu().numpy(), DreamerCarry(state, action, random)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -263,6 +265,13 @@ class DreamerAgent:
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(copy.deepcopy(state["optimisers"][name]))
         self.updates = state["updates"]
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the hardware has instructions for bfloat16 products: AMX or AVX512-BF16 on a processor."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _refuse_non_finite(metrics: dict[str, Tensor]) -> None:

@@ -219,7 +219,7 @@ GARBAGE = {
     "branch for a number": json.dumps(DEFAULT_JSON | {"seed": {"value": 1}}),
     "text for a number": json.dumps(DEFAULT_JSON | {"env_steps": "many"}),
     "fraction for a count": json.dumps(DEFAULT_JSON | {"num_envs": 1.5}),
-    "number for a flag": json.dumps(DEFAULT_JSON | {"dreamer": DEFAULT_JSON["dreamer"] | {"bf16": 0}}),
+    "number for a flag": json.dumps(DEFAULT_JSON | {"model": DEFAULT_JSON["model"] | {"head_gradient": 0}}),
     "null for a number": json.dumps(DEFAULT_JSON | {"seed": None}),
     "no such choice": json.dumps(DEFAULT_JSON | {"agent": "__import__('os')"}),
     "impossible value": json.dumps(DEFAULT_JSON | {"env": DEFAULT_JSON["env"] | {"size": -1}}),

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ CONFIG = DreamerConfig(
     behaviour_lr=1e-3,
     final_lr=0.1,
     clip=10.0,
-    bf16=False,
+    precision="float32",
 )
 MODEL = LeWMConfig(
     latent_dim=6,
@@ -202,10 +203,19 @@ def test_acting_changes_neither_the_agent_nor_its_inputs() -> None:
 # -- one update --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists a processor's instructions there")
+def test_bfloat16_is_chosen_only_where_the_processor_computes_in_it() -> None:
+    instructions = set(Path("/proc/cpuinfo").read_text().split())
+    computes = bool(instructions & {"avx512_bf16", "amx_bf16"})
+    assert pixel_agent(precision="auto").bf16 == computes
+    assert pixel_agent(precision="bf16").bf16
+    assert not pixel_agent(precision="float32").bf16
+
+
 @pytest.mark.parametrize("estimator", [Pathwise(), Reinforce()], ids=["pathwise", "reinforce"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_an_update_moves_every_parameter_and_answers_finite_metrics(estimator: Estimator, bf16: bool) -> None:
-    agent = awake(pixel_agent(estimator, bf16=bf16))
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_an_update_moves_every_parameter_and_answers_finite_metrics(estimator: Estimator, precision: str) -> None:
+    agent = awake(pixel_agent(estimator, precision=precision))
     groups = {name: getattr(agent, name) for name in ("model", "policy", "average_policy", "critic")}
     before = {f"{g}.{n}": p.detach().clone() for g, module in groups.items() for n, p in module.named_parameters()}
     metrics = agent.update(pixel_batch())
