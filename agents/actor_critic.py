@@ -63,10 +63,10 @@ class Policy(nn.Module):
         """The deterministic action."""
         return torch.tanh(self(feat)[0])
 
-    def sample(self, feat: Float[Tensor, "*N F"]) -> Draw:
+    def sample(self, feat: Float[Tensor, "*N F"], generator: torch.Generator | None = None) -> Draw:
         """A random action."""
         mean, std = self(feat)
-        noise = torch.randn_like(std)
+        noise = torch.empty_like(std).normal_(generator=generator)
         if self.config.kind == "squashed":
             raw = mean + std * noise
             entropy = -squashed_log_prob(raw, mean, std)

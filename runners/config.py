@@ -18,11 +18,12 @@ import tyro
 from agents.actor_critic import CriticConfig, Estimator, Pathwise, PolicyConfig, Reinforce
 from agents.dreamer import DreamerAgent, DreamerConfig
 from agents.interface import Agent
+from agents.mpc import MPCAgent, MPCConfig, build_planner
 from agents.random import RandomAgent
 from envs import EnvConfig, action_repeat_of, resolve_task
 from worldmodels.lewm import LeWMConfig, build_world_model
 
-AgentName = Literal["dreamer", "random"]
+AgentName = Literal["dreamer", "mpc", "random"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Config:
     task: str = "dmc/cartpole-swingup"
     """dmc/<domain>-<task>, mujoco/<Id> (as mujoco/HalfCheetah-v5), or gym/<Id> with continuous actions."""
     agent: AgentName = "dreamer"
-    """dreamer learns in imagination; random is the floor of every comparison."""
+    """dreamer learns in imagination and acts by its policy; mpc learns the same and acts by planning; random is the
+    floor of every comparison."""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
     env_steps: int = 360_000
@@ -80,9 +82,12 @@ class Config:
     """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
+    init_from: str | None = None
+    """Folder of a run, as of runners.pretrain, whose encoder, normaliser and predictor this one starts with."""
     env: EnvConfig = field(default_factory=EnvConfig)
     model: LeWMConfig = field(default_factory=LeWMConfig)
     dreamer: DreamerConfig = field(default_factory=DreamerConfig)
+    mpc: MPCConfig = field(default_factory=MPCConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -179,6 +184,10 @@ def check(config: Config) -> None:
         ("--dreamer.starts", config.dreamer.starts, 1),
         ("--dreamer.behaviour-every", config.dreamer.behaviour_every, 1),
         ("--dreamer.critic.members", config.dreamer.critic.members, 1),
+        ("--mpc.horizon", config.mpc.horizon, 1),
+        ("--mpc.proposals", config.mpc.proposals, 0),
+        ("--mpc.std", config.mpc.std, 0),
+        ("--mpc.noise", config.mpc.noise, 0),
     ]
     refuse_below(at_least)
     _check_model_and_agent(config)
@@ -259,7 +268,7 @@ def build_agent(config: Config, observations: gym.Space, actions: gym.Space, dev
     """The objects that a configuration describes, for one environment's spaces. Variants are composed here alone.
 
     Raises:
-        ConfigError: observations that no world model here reads.
+        ConfigError: observations that no world model here reads; a planner that cannot plan.
     """
     if not isinstance(observations, gym.spaces.Box):
         raise ConfigError(f"the world model reads --env.obs pixels or state, not {observations}")
@@ -269,7 +278,17 @@ def build_agent(config: Config, observations: gym.Space, actions: gym.Space, dev
         return RandomAgent(action_dim, config.seed)
     model = build_world_model(observations.shape, action_dim, config.model).to(device)
     estimator: Estimator = Pathwise() if config.gradient == "pathwise" else Reinforce()
-    return DreamerAgent(model, action_dim, estimator, config.dreamer)
+    if config.agent == "dreamer":
+        return DreamerAgent(model, action_dim, estimator, config.dreamer)
+    if config.model.reward_weight == 0:
+        raise ConfigError(
+            "the mpc agent plans for imagined rewards, but --model.reward-weight is 0, so that no reward was learned"
+        )
+    try:
+        planner = build_planner(config.mpc)
+    except ValueError as error:
+        raise ConfigError(f"--mpc.{config.mpc.planner}: {error}") from error
+    return MPCAgent(model, action_dim, estimator, config.dreamer, config.mpc, planner)
 
 
 def to_json(config: Config) -> str:

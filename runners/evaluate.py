@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import tyro
 
+from agents.mpc import MPCConfig
 from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
-from runners.config import ConfigError, build_agent, read_config, refuse_below, resolve_device
+from runners.config import ConfigError, build_agent, check, read_config, refuse_below, resolve_device
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
 from runners.run import configure_torch, load_agent
@@ -35,6 +36,10 @@ class EvaluateConfig:
     """Folder of the run, as given to runners.train."""
     episodes: int = 10
     """Complete episodes to play."""
+    agent: Literal["dreamer", "mpc"] | None = None
+    """How to act with what was learned: dreamer by the policy, mpc by planning. None: as it was trained."""
+    mpc: MPCConfig = field(default_factory=MPCConfig)
+    """How to plan; what no flag says is as in the run's configuration."""
     seed: int = 0
     """Of the evaluation's episodes; a run's own evaluations use other seeds."""
     checkpoint: Literal["latest", "best"] = "latest"
@@ -66,7 +71,13 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
             ("--threads", config.threads, 0),
         ]
     )
-    run = read_config(path)
+    trained = read_config(path)
+    if config.agent is not None and trained.agent == "random":
+        raise ConfigError(
+            f"{path} is a run of the random agent: it learned nothing that --agent {config.agent} could use"
+        )
+    run = replace(trained, agent=config.agent or trained.agent, mpc=config.mpc)
+    check(run)
     device = resolve_device(config.device)
     configure_torch(config.threads)
     torch.manual_seed(config.seed)
@@ -90,10 +101,26 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
     return result, meta["env_steps"], rate
 
 
+def parse_args(args: Sequence[str] | None) -> EvaluateConfig:
+    """The command line, with the run's own settings of the planner as defaults."""
+    where, _ = tyro.cli(_Where, args=args, return_unknown_args=True, add_help=False)
+    is_run = where.run_dir is not None and (Path(where.run_dir) / "config.json").exists()
+    mpc = read_config(Path(where.run_dir)).mpc if is_run else MPCConfig()
+    default = EvaluateConfig(run_dir=tyro.MISSING, mpc=mpc)
+    return tyro.cli(EvaluateConfig, default=default, args=args, prog="python -m runners.evaluate")
+
+
+@dataclass(frozen=True)
+class _Where:
+    """The flag that decides the defaults of others."""
+
+    run_dir: str | None = None
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """0, or 1 after an error."""
-    config = tyro.cli(EvaluateConfig, args=args, prog="python -m runners.evaluate")
     try:
+        config = parse_args(args)
         result, env_steps, rate = evaluate_run(config)
         if config.video is not None:
             if result.frames is None:

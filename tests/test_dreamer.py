@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from agents.actor_critic import CriticConfig, Draw, Estimator, Pathwise, PolicyConfig, Reinforce, squashed_log_prob
 from agents.dreamer import DreamerAgent, DreamerConfig
 from agents.interface import NonFiniteLoss
+from tests.toys import Point, PointState
 from worldmodels.encoder import ConvConfig
-from worldmodels.interface import Batch, WorldModel
+from worldmodels.interface import Batch
 from worldmodels.lewm import LeWMConfig, build_world_model
 from worldmodels.predictor import WindowConfig
 from worldmodels.transformer import TransformerConfig
@@ -424,46 +425,6 @@ def test_the_state_holds_optimiser_scale_and_the_input_s_fit() -> None:
 
 
 # -- in exact models ---------------------------------------------------------------------------------------------------
-
-
-class PointState(NamedTuple):
-    x: Tensor
-
-
-class Point(WorldModel):
-    """An exact model of x' = x + 0.3·a, reward −x², that never ends. Its latent is x, and it has nothing to learn."""
-
-    feat_dim = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1))
-        self.begun: list[Tensor] = []
-
-    def initial(self, batch: int) -> PointState:
-        return PointState(torch.zeros(batch, 1))
-
-    def observe(self, state: PointState, prev_action: Tensor, obs: Tensor, is_first: Tensor) -> PointState:
-        return PointState(obs)
-
-    def imagine(self, state: PointState, action: Tensor) -> PointState:
-        self.begun.append(state.x)
-        return PointState(state.x + 0.3 * action)
-
-    def feat(self, state: PointState) -> Tensor:
-        return state.x
-
-    def reward(self, feat: Tensor) -> Tensor:
-        return -feat[..., 0].square()
-
-    def cont(self, feat: Tensor) -> Tensor:
-        return torch.ones_like(feat[..., 0])
-
-    def settled(self, state: PointState) -> Tensor:
-        return state.x[:, 0] > 0
-
-    def loss(self, batch: Batch) -> tuple[Tensor, PointState, dict[str, Tensor]]:
-        return 0 * self.unused.sum(), PointState(batch.obs.flatten(0, 1)), {}
 
 
 def point_batch(batch: int = 8, rows: int = 8) -> Batch:

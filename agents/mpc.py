@@ -1,0 +1,175 @@
+"""An agent that plans at every step inside the world model, and learns as the imagination agent does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from agents.actor_critic import Estimator
+from agents.dreamer import DreamerAgent, DreamerConfig
+from agents.planner import (
+    CEM,
+    ICEM,
+    MPPI,
+    CEMConfig,
+    GradientConfig,
+    GradientPlanner,
+    ICEMConfig,
+    MPPIConfig,
+    Planner,
+    shift,
+)
+from worldmodels.interface import State, WorldModel
+
+
+@dataclass(frozen=True)
+class MPCConfig:
+    """How the planning agent acts; what it learns, and how, is the imagination agent's."""
+
+    planner: Literal["mppi", "cem", "icem", "gradient"] = "mppi"
+    """Which search; the settings of each are below."""
+    horizon: int = 6
+    """Planned decisions, H; keep it within the world model's rollout."""
+    proposals: int = 16
+    """Candidates that the policy imagines, the first without noise. 0: none."""
+    terminal_value: bool = True
+    """Whether the critic's value of the last state counts, beside the imagined rewards. False, with 0 proposals, is
+    PlaNet's planning by rewards alone (arXiv 1811.04551)."""
+    std: float = 1.0
+    """Standard deviation that each search starts from."""
+    noise: float = 0.3
+    """While collecting, the largest standard deviation of the noise on the planned action; it is the plan's own std up
+    to there."""
+    mppi: MPPIConfig = field(default_factory=MPPIConfig)
+    cem: CEMConfig = field(default_factory=CEMConfig)
+    icem: ICEMConfig = field(default_factory=ICEMConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+
+
+def build_planner(config: MPCConfig) -> Planner:
+    """The search that a configuration names.
+
+    Raises:
+        ValueError: its numbers are impossible.
+    """
+    if config.planner == "mppi":
+        return MPPI(config.mppi)
+    if config.planner == "cem":
+        return CEM(config.cem)
+    if config.planner == "icem":
+        return ICEM(config.icem)
+    return GradientPlanner(config.gradient)
+
+
+class ImaginedReturn:
+    """Scores candidates by the discounted rewards they are imagined to bring, plus the value of where they lead.
+
+    What has been observed is encoded once, in ``state``: candidates share it, and are imagined in one batch a step.
+    """
+
+    def __init__(
+        self, model: WorldModel, state: State, discount: float, value: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.model = model
+        self.state = state
+        self.discount = discount
+        self.value = value
+
+    def __call__(self, candidates: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
+        b, n, horizon, _ = candidates.shape
+        state = repeat(self.state, n)
+        actions = candidates.flatten(0, 1)
+        feats = []
+        for k in range(horizon):
+            state = self.model.imagine(state, actions[:, k])
+            feats.append(self.model.feat(state))
+        flat = torch.cat(feats)
+        reward = self.model.reward(flat).view(horizon, b * n)
+        kept = self.discount * self.model.cont(flat).view(horizon, b * n)
+        total = self.value(feats[-1]) if self.value is not None else torch.zeros_like(reward[0])
+        for k in reversed(range(horizon)):
+            total = reward[k] + kept[k] * total
+        return total.view(b, n)
+
+
+def repeat(state: State, times: int) -> State:
+    """Every stream's memory ``times`` times over, row-major."""
+    return type(state)(*(x.repeat_interleave(times, 0) for x in state))
+
+
+class MPCCarry(NamedTuple):
+    """A model state, the action that left it, and the plan to start the next search from."""
+
+    state: State
+    action: Float[Tensor, "E A"]
+    plan: Float[Tensor, "E H A"]
+
+
+class MPCAgent(DreamerAgent):
+    """Acts by planning; everything else is :class:`DreamerAgent`'s, weights and checkpoints included, so that either
+    way of acting can be tried on what the other has learned."""
+
+    def __init__(
+        self,
+        model: WorldModel,
+        action_dim: int,
+        estimator: Estimator,
+        config: DreamerConfig,
+        mpc: MPCConfig,
+        planner: Planner,
+    ) -> None:
+        super().__init__(model, action_dim, estimator, config)
+        self.mpc = mpc
+        self.planner = planner
+
+    def initial(self, envs: int) -> MPCCarry:  # type: ignore[override]
+        action = torch.zeros(envs, self.action_dim, device=self.device)
+        return MPCCarry(self.model.initial(envs), action, action.new_zeros(envs, self.mpc.horizon, self.action_dim))
+
+    @torch.no_grad()
+    def act(  # type: ignore[override]
+        self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: MPCCarry, *, explore: bool
+    ) -> tuple[Float[np.ndarray, "E A"], MPCCarry]:
+        pixels = torch.as_tensor(obs, device=self.device)
+        first = torch.as_tensor(is_first, device=self.device)
+        self.model.eval()
+        # The same draws at every decision when not exploring: what is done follows from what was seen alone.
+        generator = None if explore else torch.Generator(self.device).manual_seed(0)
+        with self._autocast():
+            state = self.model.observe(carry.state, carry.action, pixels, first)
+            value = self.critic.value if self.mpc.terminal_value else None
+            score = ImaginedReturn(self.model, state, self.config.discount, value)
+            mean = torch.where(first[:, None, None], 0.0, shift(carry.plan))
+            found = self.planner.search(
+                score,
+                mean,
+                torch.full_like(mean, self.mpc.std),
+                proposals=self._propose(state, len(obs), generator),
+                generator=generator,
+            )
+        action = found.action[:, 0]
+        if explore:
+            noise = found.std[:, 0].clamp(max=self.mpc.noise) * torch.randn_like(action)
+            action = (action + noise).clamp(-1, 1)
+        return action.cpu().numpy(), MPCCarry(state, action, found.action)
+
+    def _propose(self, state: State, envs: int, generator: torch.Generator | None) -> Float[Tensor, "E P H A"] | None:
+        """Plans as the policy imagines them: the first by its most likely actions, the others sampled."""
+        count = self.mpc.proposals
+        if not count:
+            return None
+        state = repeat(state, count)
+        actions = []
+        for _ in range(self.mpc.horizon):
+            feat = self.model.feat(state)
+            likely, drawn = self.policy.mode(feat), self.policy.sample(feat, generator).action
+            first = torch.arange(envs * count, device=self.device) % count == 0
+            actions.append(torch.where(first[:, None], likely, drawn))
+            state = self.model.imagine(state, actions[-1])
+        return torch.stack(actions, 1).view(envs, count, self.mpc.horizon, -1)
