@@ -36,7 +36,7 @@ class MPCConfig:
     """Which search; the settings of each are below."""
     horizon: int = 6
     """Planned decisions, H; keep it within the world model's rollout."""
-    proposals: int = 16
+    proposals: int = 8
     """Candidates that the policy imagines, the first without noise. 0: none."""
     terminal_value: bool = True
     """Whether the critic's value of the last state counts, beside the imagined rewards. False, with 0 proposals, is

@@ -103,11 +103,11 @@ class ICEMConfig:
 class MPPIConfig:
     """Model predictive path integral control, as in TD-MPC2 (arXiv 2310.16828): elites weighted by their scores."""
 
-    samples: int = 128
+    samples: int = 64
     """Candidates of an iteration."""
-    iterations: int = 3
+    iterations: int = 2
     """Times that the normal is refitted."""
-    elites: int = 16
+    elites: int = 8
     """Best candidates it is refitted to; they stay in the race."""
     min_std: float = 0.05
     """Smallest standard deviation."""

@@ -1,4 +1,4 @@
-"""How fast everything runs: environments, replay, updates and their parts, acting; and how much memory it takes.
+"""How fast everything runs: environments, replay, updates and their parts, acting, planning; and the memory it takes.
 
     python -m benchmarks.speed --suite update --preset cpu --json speed.json
 
@@ -26,8 +26,10 @@ import tyro
 from gymnasium.spaces import Box
 from rich.console import Console
 
-from agents.dreamer import DreamerAgent
+from agents.dreamer import DreamerAgent, computes_bf16
+from agents.mpc import MPCAgent
 from agents.random import RandomAgent
+from benchmarks.decision import time_decision, time_published_decision
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
 from benchmarks.update_parts import PARTS, time_parts
@@ -45,8 +47,9 @@ class SpeedConfig:
     """Time environments, replay, updates and acting. Every flag of runners.train works too: --task, --preset, --device,
     --threads, --model.latent-dim and so on; what is timed is what a training with those flags would run."""
 
-    suite: Literal["all", "env", "replay", "update", "act"] = "all"
-    """What to measure."""
+    suite: Literal["all", "env", "replay", "update", "act", "plan", "published"] = "all"
+    """What to measure. plan is one decision of the planning agent. published is one of LeWorldModel as published, which
+    takes a processor a minute or more; all leaves it out."""
     json: Path | None = None
     """Write the figures here too, with the command, the date, the machine and the whole configuration."""
     processes: int = 0
@@ -160,10 +163,24 @@ def measure_act(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
     return results
 
 
+def measure_plan(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
+    """Milliseconds of one decision by the planning agent, and of its parts."""
+    agent, batch = _learner(replace(run, agent="mpc"), watch.device)
+    assert isinstance(agent, MPCAgent)
+    return time_decision(agent, batch.obs[0, :1].cpu().numpy(), watch)
+
+
+def measure_published(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
+    """Milliseconds of one decision at the published LeWorldModel's setting, and of its parts."""
+    return time_published_decision(watch, bf16=computes_bf16(watch.device))
+
+
 SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "env": measure_env,
     "update": measure_update,
     "act": measure_act,
+    "plan": measure_plan,
+    "published": measure_published,
     "replay": measure_replay,
 }
 """In the order of measuring: the copy of the replay comes last, or it would count among the updates' memory."""
@@ -175,7 +192,8 @@ def measure(run: Config, options: SpeedConfig, watch: Stopwatch, said: Callable[
     Raises one of ``runners.train.USER_ERRORS``.
     """
     results: Results = {}
-    for name in SUITES if options.suite == "all" else [options.suite]:
+    everything = [name for name in SUITES if name != "published"]
+    for name in everything if options.suite == "all" else [options.suite]:
         said(f"measuring {name} …")
         results |= SUITES[name](run, options, watch)
     return dict(sorted(results.items(), key=lambda item: item[0].startswith("memory/")))

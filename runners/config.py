@@ -233,6 +233,8 @@ def _check_model_and_agent(config: Config) -> None:
     for flag, value in unit.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{flag} is {value}, but must lie in 0 to 1")
+    if not (model.keypoint.sharpness > 0 and math.isfinite(model.keypoint.sharpness)):
+        raise ConfigError(f"--model.keypoint.sharpness is {model.keypoint.sharpness}, but must be finite and above 0")
     weights = {
         "--loop.train-ratio": config.loop.train_ratio,
         "--model.sigreg-weight": model.sigreg_weight,

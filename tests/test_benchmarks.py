@@ -23,12 +23,16 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from agents.dreamer import DreamerAgent, DreamerConfig
 from benchmarks import curves, speed
+from benchmarks.decision import PARTS as DECISION_PARTS
+from benchmarks.decision import GoalDistance, PartClock
 from benchmarks.plot import mean_curve, read_references
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
 from runners.config import Config, build_agent, parse_args, presets, to_json
+from worldmodels.encoder import ConvConfig
 from worldmodels.interface import Batch
+from worldmodels.lewm import LeWMConfig, build_world_model
 
 HEADER = "task,agent,seed,env_steps,wall_s,mean_return,std,min,max,episodes,render,action_repeat,preset"
 
@@ -407,7 +411,15 @@ def test_everything_is_measured_and_written_down(tmp_path: Path, capsys: pytest.
     assert speed.main([*QUICK, *SMALL, "--json", str(file)]) == 0
     content = json.loads(file.read_text())
     keys = ["env/canonical", "env/fast", "env/vector", "update/total", *(f"update/{part}" for part in PARTS)]
-    keys += ["act/1", "act/10", "replay/add", "replay/sample", "replay/sample_mirror"]
+    keys += [
+        "act/1",
+        "act/10",
+        "plan/agent",
+        *(f"plan/agent_{part}" for part in DECISION_PARTS),
+        "replay/add",
+        "replay/sample",
+        "replay/sample_mirror",
+    ]
     keys += ["memory/peak_rss", "memory/own_rss"]
     results = content["results"]
     assert list(results) == keys
@@ -421,6 +433,38 @@ def test_everything_is_measured_and_written_down(tmp_path: Path, capsys: pytest.
     assert content["config"]["loop"]["batch"] == 4
     shown = capsys.readouterr().out
     assert all(key in shown for key in keys)
+
+
+def test_time_is_charged_to_the_innermost_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def work(seconds: float, *then: Callable[[], None]) -> None:
+        nonlocal now
+        now += seconds
+        for one in then:
+            one()
+
+    clock = PartClock(torch.device("cpu"))
+    rollout = clock.mark(lambda: work(2.0), "rollout")
+    clock.mark(lambda: work(1.0, rollout, rollout), "score")()
+    work(0.5)
+    assert clock.read() == {"search": 0.5, "score": 1.0, "rollout": 4.0}
+    assert clock.read() == {"search": 0.0}
+
+
+def test_the_nearest_imagined_latent_scores_highest() -> None:
+    torch.manual_seed(0)
+    model = build_world_model((3,), 2, LeWMConfig(latent_dim=4, conv=ConvConfig(hidden=8))).eval()
+    state = model.observe(model.initial(1), torch.zeros(1, 2), torch.randn(1, 3), torch.ones(1, dtype=torch.bool))
+    plans = torch.rand(1, 5, 3, 2) * 2 - 1
+    reached = state
+    for k in range(3):
+        reached = model.imagine(reached, plans[:, 2, k])
+    scores = GoalDistance(model, state, reached.z[:, -1].detach())(plans)
+    assert scores.shape == (1, 5)
+    assert scores[0, 2].item() == pytest.approx(0, abs=1e-9)
+    assert scores.argmax() == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Where the time of one planned decision goes: encoding what was seen, rolling candidates out, scoring, searching."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from agents.mpc import ImaginedReturn, MPCAgent, repeat
+from agents.planner import CEM, CEMConfig
+from benchmarks.stopwatch import Measurement, Results, Stopwatch
+from worldmodels.interface import State, WorldModel
+from worldmodels.lewm import PAPER, LeWorldModel, build_world_model
+
+Part = Literal["encode", "rollout", "score", "search"]
+PARTS: dict[Part, str] = {
+    "encode": "what was seen, once",
+    "rollout": "imagined steps of the candidates, and of the policy's proposals",
+    "score": "rewards and values, or the distance to a goal",
+    "search": "sampling, ranking, refitting, the policy, Python",
+}
+
+PUBLISHED = CEMConfig(samples=300, iterations=30, elites=30)
+"""LeWorldModel's planner (arXiv 2603.19312)."""
+PUBLISHED_HORIZON, PUBLISHED_BLOCK, PUBLISHED_ACTIONS = 5, 5, 2
+
+
+class PartClock:
+    """Charges time to the innermost part that is running."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spent: dict[Part, float] = defaultdict(float)
+        self._running: list[Part] = ["search"]
+        self._since = time.perf_counter()
+
+    def mark(self, function: Callable[..., Any], part: Part) -> Callable[..., Any]:
+        """``function``, whose time counts as ``part``."""
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self._charge()
+            self._running.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._charge()
+                self._running.pop()
+
+        return marked
+
+    def read(self) -> dict[Part, float]:
+        """Seconds of each part since the last reading."""
+        self._charge()
+        spent, self.spent = self.spent, defaultdict(float)
+        return spent
+
+    def _charge(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.spent[self._running[-1]] += now - self._since
+        self._since = now
+
+
+def time_decision(agent: MPCAgent, obs: Any, watch: Stopwatch) -> Results:
+    """One environment's decision by a planning agent with its own settings, and the milliseconds of each part."""
+    _, carry = agent.act(obs, np.ones(1, bool), agent.initial(1), explore=False)
+
+    def decide() -> None:
+        agent.act(obs, np.zeros(1, bool), carry, explore=False)
+
+    places = [
+        (agent.model, "observe", "encode"),
+        (agent.model, "imagine", "rollout"),
+        (ImaginedReturn, "__call__", "score"),
+    ]
+    mpc = agent.mpc
+    note = f"{mpc.planner}, H={mpc.horizon}, {mpc.proposals} proposals"
+    return _timed("plan/agent", decide, places, watch, note)
+
+
+class GoalDistance:
+    """Scores candidates by how near the last imagined latent comes to a goal's: −‖ẑ_H − z_goal‖²."""
+
+    def __init__(self, model: LeWorldModel, state: State, goal: Float[Tensor, "B D"]) -> None:
+        self.model: WorldModel = model
+        self.state = state
+        self.goal = goal
+
+    def __call__(self, candidates: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
+        b, n, horizon, _ = candidates.shape
+        state, actions = repeat(self.state, n), candidates.flatten(0, 1)
+        for k in range(horizon):
+            state = self.model.imagine(state, actions[:, k])
+        return -(state.z[:, -1].view(b, n, -1).float() - self.goal[:, None].float()).square().sum(-1)
+
+
+@torch.no_grad()
+def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
+    """One decision of the published LeWorldModel: ViT-tiny at 224×224, predictor of depth 6, CEM of 300 × 30 plans of 5
+    action blocks. Untrained weights, which take the same time."""
+    torch.manual_seed(0)
+    model = build_world_model((3, 224, 224), PUBLISHED_BLOCK * PUBLISHED_ACTIONS, PAPER).to(watch.device).eval()
+    planner = CEM(PUBLISHED)
+    frames = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, device=watch.device)
+    action = torch.zeros(1, PUBLISHED_BLOCK * PUBLISHED_ACTIONS, device=watch.device)
+    mean = torch.zeros(1, PUBLISHED_HORIZON, action.shape[1], device=watch.device)
+    first = torch.ones(1, dtype=torch.bool, device=watch.device)
+
+    def decide() -> None:
+        with torch.autocast(watch.device.type, torch.bfloat16, enabled=bf16):
+            state = model.observe(model.initial(1), action, frames[:1], first)
+            goal = model.encode(frames[1:])
+            planner.plan(GoalDistance(model, state, goal), mean, torch.ones_like(mean))
+
+    places = [(model, "encode", "encode"), (model, "imagine", "rollout"), (GoalDistance, "__call__", "score")]
+    note = f"{PUBLISHED.samples}×{PUBLISHED.iterations}, H={PUBLISHED_HORIZON}, {'bf16' if bf16 else 'float32'}"
+    # It takes seconds: one call is a repeat.
+    return _timed("plan/published", decide, places, Stopwatch(min(watch.repeats, 3), 1e-3, watch.device), note)
+
+
+def _timed(
+    name: str, work: Callable[[], None], places: list[tuple[Any, str, Part]], watch: Stopwatch, note: str
+) -> Results:
+    total = watch.latency(work)
+    results = {name: replace(total, note=note)}
+    with _marked(places, watch.device) as clock:
+        work()
+        clock.read()
+        readings = []
+        for _ in range(watch.repeats):
+            work()
+            readings.append(clock.read())
+    for part, says in PARTS.items():
+        ms = 1000 * median(reading[part] for reading in readings)
+        results[f"{name}_{part}"] = Measurement(ms, "ms", note=f"{ms / total.value:.0%} · {says}")
+    return results
+
+
+@contextmanager
+def _marked(places: list[tuple[Any, str, Part]], device: torch.device) -> Iterator[PartClock]:
+    """Every place's function charged to its part; all as before afterwards."""
+    clock = PartClock(device)
+    with ExitStack() as stack:
+        for owner, name, part in places:
+            stack.enter_context(patch.object(owner, name, clock.mark(getattr(owner, name), part)))
+        yield clock
