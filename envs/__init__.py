@@ -22,6 +22,7 @@ from envs.factory import (
     resolve_task,
     tasks,
 )
+from envs.physics import NoPhysics
 from envs.vector import VectorEnv, WorkerFailure, make_vector_env
 from envs.wrappers import EnvironmentFault, episode_seed
 
@@ -31,6 +32,7 @@ __all__ = [
     "EnvConfig",
     "EnvironmentFault",
     "NoOpenGL",
+    "NoPhysics",
     "Task",
     "UnknownTask",
     "UnsupportedActionSpace",

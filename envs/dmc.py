@@ -6,6 +6,7 @@ from typing import Any
 
 import dm_env
 import gymnasium as gym
+import mujoco
 import numpy as np
 from dm_control import suite
 from dm_control.rl.control import PhysicsError
@@ -57,6 +58,11 @@ class DMCEnv(gym.Env[Float32[np.ndarray, " S"], np.ndarray]):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self._env.control_timestep())}
         self.render_mode = "rgb_array"
+
+    @property
+    def simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        """The model and its state, for those who look behind the observation."""
+        return self._env.physics.model.ptr, self._env.physics.data.ptr
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

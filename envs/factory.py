@@ -17,6 +17,7 @@ from gymnasium.envs.registration import registry
 
 from envs import dmc
 from envs.camera import Camera, apply_profile, fixed_view
+from envs.physics import WithPhysics
 from envs.wrappers import Divergence, Episodes, Pictures
 
 MIN_SIZE, MAX_SIZE = 8, 1024
@@ -57,6 +58,8 @@ class EnvConfig:
     render: Literal["fast", "canonical"] = "fast"
     """Rendering profile: canonical is the published picture; fast has no shadows, reflections or multisampling and
     averages four drawn pixels into one."""
+    physics: bool = False
+    """Add the simulator's own state to the observation, for recording data; no agent here learns from it."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("obs", ("pixels", "state", "both")), ("render", ("fast", "canonical"))):
@@ -145,7 +148,7 @@ def make_env(task: str, config: EnvConfig = DEFAULT, seed: int = 0) -> gym.Env:
     Raises:
         UnknownTask: no such task.
         UnsupportedActionSpace: its actions are not a bounded box.
-        ValueError: it has no such camera.
+        ValueError: it has no such camera; NoPhysics, where the config wants the physics of a task without MuJoCo.
         NoOpenGL: at the first picture, on a machine that cannot draw.
     """
     found = resolve_task(task)
@@ -218,7 +221,7 @@ def _common_stack(env: gym.Env, task: Task, config: EnvConfig) -> gym.Env:
     if config.obs != "state":
         env = wrappers.AddRenderObservation(env, render_only=config.obs == "pixels")
         env = _channels_first(env, config)
-    return env
+    return WithPhysics(env) if config.physics else env
 
 
 def _flat_float32(env: gym.Env) -> gym.Env:

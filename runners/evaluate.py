@@ -20,11 +20,10 @@ import tyro
 
 from agents.mpc import MPCConfig
 from envs.vector import VectorEnv
-from runners.checkpoint import CheckpointError, Checkpoints
 from runners.config import ConfigError, build_agent, check, read_config, refuse_below, resolve_device
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
-from runners.run import configure_torch, load_agent
+from runners.run import configure_torch, find_checkpoint, load_agent
 from runners.train import USER_ERRORS
 
 
@@ -81,15 +80,7 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
     device = resolve_device(config.device)
     configure_torch(config.threads)
     torch.manual_seed(config.seed)
-    checkpoints = Checkpoints(path / "checkpoints")
-    found = checkpoints.best() if config.checkpoint == "best" else checkpoints.latest()
-    if found is None:
-        raise CheckpointError(f"{path} has no checkpoint yet; let runners.train reach its first one")
-    state, meta, where = found
-    if meta["task"] != run.task:
-        raise CheckpointError(
-            f"{where} is of another agent, task or size: of {meta['task']}, but {path} is a run on {run.task}"
-        )
+    state, meta, _ = find_checkpoint(path, run, best=config.checkpoint == "best")
     envs = VectorEnv(run.task, run.env, min(config.num_envs, config.episodes), config.seed, processes=False)
     try:
         agent = build_agent(run, envs.single_observation_space, envs.single_action_space, device)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from io import BytesIO
@@ -24,13 +22,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-_PLAIN_LINE_EVERY_S = 30.0
-_LIVE_LINE_EVERY_S = 0.25
-_RATE_WINDOW_S = 60.0  # long enough that one evaluation does not swing the time left, short enough to follow a change
+from runners.progress import Display
+
 _VIDEO_MIN_SIDE = 256  # players blur and compress a 64x64 video beyond recognition
 
 
@@ -54,6 +50,8 @@ class Logger:
             dropped, since they will be written again. None starts a new record and drops every older row.
         total_env_steps: the run's budget, for the bar and the time left.
         resume_wall_s: seconds that the sessions up to that checkpoint took.
+        counter: the name under which rows hold what is called env_steps here: where no environment is stepped they are
+            counted by updates.
         quiet: prints nothing. The records are the same.
         console: where to print; by default stdout, with a live line on a terminal and a plain line now and then
             anywhere else.
@@ -70,19 +68,21 @@ class Logger:
         resume_env_steps: int | None,
         total_env_steps: int,
         resume_wall_s: float = 0.0,
+        counter: str = "env_steps",
         quiet: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         kept = -1 if resume_env_steps is None else resume_env_steps
-        self._metrics = _RowFile(run_dir / "metrics.jsonl", keep_env_steps=kept)
-        self._evals = _RowFile(run_dir / "evals.jsonl", keep_env_steps=kept)
+        self._metrics = _RowFile(run_dir / "metrics.jsonl", counter, keep=kept)
+        self._evals = _RowFile(run_dir / "evals.jsonl", counter, keep=kept)
         # TensorBoard forgets events from purge_step on, so the checkpoint's own step is kept.
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=kept + 1, flush_secs=30)
         self._clock = clock
         self._start_s = clock() - resume_wall_s
-        self._display = None if quiet else _Display(total_env_steps, console, clock)
+        self._counter = counter
+        self._display = None if quiet else Display(total_env_steps, counter, "updates", console, clock)
 
     @property
     def wall_s(self) -> float:
@@ -96,7 +96,7 @@ class Logger:
         """
         scalars = {name: float(value) for name, value in values.items()}
         row = {name: _finite_or_none(value) for name, value in scalars.items()}
-        self._metrics.append({"env_steps": env_steps, "wall_s": round(self.wall_s, 3), **row})
+        self._metrics.append({self._counter: env_steps, "wall_s": round(self.wall_s, 3), **row})
         self._scalars(scalars, env_steps)
 
     def evaluation(self, *, env_steps: int, returns: Sequence[float], lengths: Sequence[int], wall_s: float) -> None:
@@ -156,7 +156,10 @@ class Logger:
             eval_return: mean return of the latest evaluation.
         """
         if self._display is not None:
-            self._display.progress(env_steps, updates, return_, eval_return)
+            text = f"return {_number(return_)}"
+            if eval_return is not None:
+                text += f" · eval {_number(eval_return)}"
+            self._display.progress(env_steps, updates, text)
 
     def message(self, text: str) -> None:
         """Prints a line without breaking the live one."""
@@ -215,12 +218,12 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "T H W 3"], fps: float) ->
 
 
 class _RowFile:
-    """Appends rows to a JSONL file, after dropping what lies beyond ``keep_env_steps``."""
+    """Appends rows to a JSONL file, after dropping those whose ``counter`` lies beyond ``keep``."""
 
-    def __init__(self, path: Path, *, keep_env_steps: int) -> None:
+    def __init__(self, path: Path, counter: str, *, keep: int) -> None:
         found = path.read_bytes() if path.exists() else b""
         rows = ((line, _parse_row(line)) for line in found.splitlines())
-        good = [line for line, row in rows if row is not None and row.get("env_steps", math.inf) <= keep_env_steps]
+        good = [line for line, row in rows if row is not None and row.get(counter, math.inf) <= keep]
         kept = b"".join(line + b"\n" for line in good)
         if kept != found:
             # Written aside and renamed: a full disk or a kill must not cost the rows that are good.
@@ -240,61 +243,6 @@ class _RowFile:
         self._file.close()
 
 
-class _Display:
-    """A live line on a terminal; elsewhere a plain line at most every half minute."""
-
-    def __init__(self, total_env_steps: int, console: Console | None, clock: Callable[[], float]) -> None:
-        # isatty is asked here because rich also believes FORCE_COLOR, which CI sets for colours, not for live lines.
-        # Soft wrap leaves a redirected line whole whatever width rich assumes for a file.
-        self._console = console or Console(force_terminal=sys.stdout.isatty(), soft_wrap=True)
-        self._total = total_env_steps
-        self._clock = clock
-        self._history: deque[tuple[float, int, int]] = deque()  # (seconds, env_steps, updates), the last minute's
-        self._last_draw_s = -math.inf
-        self._bar: Progress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            # No refresh thread: environments may be forked while it holds the terminal's lock.
-            columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
-            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
-            self._task = self._bar.add_task("starting", total=total_env_steps)
-            self._bar.start()
-
-    def progress(self, env_steps: int, updates: int, return_: float | None, eval_return: float | None) -> None:
-        now = self._clock()
-        self._history.append((now, env_steps, updates))
-        while len(self._history) > 2 and self._history[0][0] < now - _RATE_WINDOW_S:
-            self._history.popleft()
-        interval = _PLAIN_LINE_EVERY_S if self._bar is None else _LIVE_LINE_EVERY_S
-        if now - self._last_draw_s < interval and env_steps < self._total:
-            return
-        self._last_draw_s = now
-        line = self._line(env_steps, return_, eval_return)
-        if self._bar is None:
-            self.message(line)
-        else:
-            self._bar.update(self._task, completed=env_steps, description=line, refresh=True)
-
-    def message(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _line(self, env_steps: int, return_: float | None, eval_return: float | None) -> str:
-        (then, old_env_steps, old_updates), (now, _, updates) = self._history[0], self._history[-1]
-        elapsed = now - then
-        parts = [f"return {_number(return_)}"]
-        if eval_return is not None:
-            parts.append(f"eval {_number(eval_return)}")
-        parts.append(f"env_steps {env_steps:,}/{self._total:,}")
-        parts.append(f"{(updates - old_updates) / elapsed:.1f} updates/s" if elapsed > 0 else "– updates/s")
-        made = env_steps - old_env_steps
-        left_s = (self._total - env_steps) * elapsed / made if made > 0 else None
-        parts.append(f"{_duration(left_s)} left")
-        return " · ".join(parts)
-
-
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
@@ -309,14 +257,6 @@ def _finite_or_none(value: float) -> float | None:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _as_frames(frames: Iterable[Any]) -> UInt8[np.ndarray, "T H W 3"]:

@@ -155,19 +155,37 @@ class Replay:
                 "more (prefill) or lower the batch length"
             )
         stream, start = np.divmod(generator.integers(0, self.streams * starts, size=batch), starts)
+        return self.take(stream, start, length)
+
+    def take(self, stream: Int64[np.ndarray, " B"], start: Int64[np.ndarray, " B"], length: int) -> Batch:
+        """The ``length`` consecutive rows of each ``stream`` from ``start`` on, counted from the oldest row.
+
+        Raises:
+            ValueError: rows or streams that are not there.
+        """
+        known = (stream >= 0) & (stream < self.streams) & (start >= 0) & (start + length <= self.rows_per_stream)
+        if not known.all():
+            raise ValueError(f"{length} rows from {start} on are not within {self.rows_per_stream} rows per stream")
         return self._gather(self._places(start[:, None] + np.arange(length), stream[:, None]))
 
-    def episodes(self) -> Iterator[dict[str, Shaped[np.ndarray, "L ..."]]]:
-        """Every complete episode, stream by stream, oldest first: each field of a Batch as (L, …)."""
-        every = np.arange(self.rows_per_stream)
+    def spans(self) -> Int64[np.ndarray, "N 3"]:
+        """Where every complete episode lies, stream by stream, oldest first: its stream, its first row counted from the
+        oldest one held, and how many rows it has."""
+        every, spans = np.arange(self.rows_per_stream), []
         for stream in range(self.streams):
             places = self._places(every, np.array(stream))
             ends = np.flatnonzero(self._folder.rows["is_last"][places])
             for first in np.flatnonzero(self._folder.rows["is_first"][places]):
                 after = ends[np.searchsorted(ends, first) :]
                 if len(after):
-                    episode = places[first : after[0] + 1]
-                    yield {name: array[episode] for name, array in self._folder.rows.items()}
+                    spans.append((stream, first, after[0] + 1 - first))
+        return np.array(spans, np.int64).reshape(-1, 3)
+
+    def episodes(self) -> Iterator[dict[str, Shaped[np.ndarray, "L ..."]]]:
+        """Every complete episode, stream by stream, oldest first: each field of a Batch as (L, …)."""
+        for stream, first, length in self.spans():
+            episode = self._places(first + np.arange(length), stream)
+            yield {name: array[episode] for name, array in self._folder.rows.items()}
 
     def _places(self, row: Int64[np.ndarray, "..."], stream: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
         """Where rows, counted from the oldest, lie in the arrays flattened over slots and streams."""

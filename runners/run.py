@@ -26,6 +26,7 @@ from runners.disk import replace_file
 from runners.logger import Logger
 from runners.replay import Replay
 from runners.rollout import Collector
+from runners.transfer import take_world_model
 from runners.viewer import Viewer
 from worldmodels.lewm import LeWorldModel
 
@@ -65,7 +66,7 @@ class Run:
         self.last_return: float | None = None
         self.last_evaluation: float | None = None
         with ExitStack() as opened:
-            self._open(opened, resumed=_holds(self.path, config), quiet=quiet)
+            self._open(opened, resumed=holds_run(self.path, config), quiet=quiet)
             self._opened = opened.pop_all()
 
     def _open(self, opened: ExitStack, *, resumed: bool, quiet: bool) -> None:
@@ -80,12 +81,14 @@ class Run:
         )
         opened.callback(self.eval_envs.close)
         self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        if config.init_from is not None and not any(self.checkpoints.folder.glob("*")):
+            self._take_world_model(Path(config.init_from))
         if not resumed:
-            _claim(self.path, config)
-        opened.callback(os.close, _lock(self.path))
+            claim_run(self.path, config)
+        opened.callback(os.close, lock_run(self.path))
         self.viewer = self._build_viewer()
         self.prefiller = RandomAgent(self.envs.single_action_space.shape[0], config.seed + PREFILL_SEED)
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
         saved = self.checkpoints.latest() if resumed else None
         self.replay = self._open_replay(fresh=saved is None)
         opened.callback(self.replay.close)
@@ -109,6 +112,12 @@ class Run:
         """The agent's model, if it has one that can be looked into."""
         model = self.agent.model if isinstance(self.agent, DreamerAgent) else None
         return model if isinstance(model, LeWorldModel) else None
+
+    def _take_world_model(self, source: Path) -> None:
+        model = self.world_model
+        if model is None:
+            raise ConfigError(f"--init-from gives a world model, which the {self.config.agent} agent does not have")
+        take_world_model(model, self.config, source)
 
     @property
     def frame_rate(self) -> float:
@@ -196,7 +205,7 @@ class Run:
         self._opened.close()
 
 
-def _lock(path: Path) -> int:
+def lock_run(path: Path) -> int:
     """Hold the folder until the descriptor is closed or the process ends, however it ends.
 
     Raises:
@@ -211,6 +220,24 @@ def _lock(path: Path) -> int:
             f"{path} is being trained by another process; wait for it, or choose another --run-dir"
         ) from None
     return descriptor
+
+
+def find_checkpoint(path: Path, config: Config, *, best: bool = False) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """State, description and place of the newest checkpoint, or of the best, of the run in the folder ``path``.
+
+    Raises:
+        CheckpointError: there is none that can be used, or it is of another task.
+    """
+    checkpoints = Checkpoints(path / "checkpoints")
+    found = checkpoints.best() if best else checkpoints.latest()
+    if found is None:
+        raise CheckpointError(f"{path} has no checkpoint yet; let runners.train reach its first one")
+    _, meta, where = found
+    if meta["task"] != config.task:
+        raise CheckpointError(
+            f"{where} is of another agent, task or size: of {meta['task']}, but {path} is a run on {config.task}"
+        )
+    return found
 
 
 def load_agent(agent: Agent, state: dict[str, Any], path: Path) -> None:
@@ -242,7 +269,7 @@ def configure_torch(threads: int) -> None:
             pass  # another libc, with other habits
 
 
-def _holds(path: Path, config: Config) -> bool:
+def holds_run(path: Path, config: Config) -> bool:
     """Whether the folder already holds this very run, to be resumed. Changes nothing."""
     if (path / "config.json").exists():
         changed = differences(read_config(path), config)
@@ -258,7 +285,7 @@ def _holds(path: Path, config: Config) -> bool:
     return False
 
 
-def _claim(path: Path, config: Config) -> None:
+def claim_run(path: Path, config: Config) -> None:
     """Make the folder this run's."""
     try:
         path.mkdir(parents=True, exist_ok=True)

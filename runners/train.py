@@ -88,10 +88,12 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
 
 
 def start_learning(run: Run) -> None:
-    """The prefill is over: fit what is fitted once, and learn from it before the policy acts."""
+    """The prefill is over: fit what is fitted once, unless it came with the world model, and learn from the rows before
+    the policy acts."""
     loop = run.config.loop
-    rows = run.replay.sample(min(1024, len(run.replay)), 1, run.generator)
-    run.agent.start(rows.obs.flatten(0, 1))
+    if run.config.init_from is None:
+        rows = run.replay.sample(min(1024, len(run.replay)), 1, run.generator)
+        run.agent.start(rows.obs.flatten(0, 1))
     run.learning = True
     run.credit += loop.pretrain
     run.collector.forget()

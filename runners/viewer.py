@@ -67,7 +67,7 @@ class Viewer:
             self.decoder.start(_unit(replay.sample(_BACKGROUND_FRAMES, 1, self.generator).obs[:, 0]))
         for _ in range(steps):
             obs = replay.sample(batch, 1, self.generator).obs[:, 0]
-            with _undisturbed(model):
+            with undisturbed(model):
                 z = model.encode(obs)
             pictures = _unit(obs)
             loss = self.decoder.loss(z, pictures)
@@ -99,8 +99,8 @@ class Viewer:
         shown = Batch(*(x[:, : context + horizon] for x in batch))
         chosen, alive = _longest_episodes(shown.is_first)
         shown = Batch(*(x[chosen] for x in shown))
-        with _undisturbed(model):
-            z = _open_loop(model, shown, context)
+        with undisturbed(model):
+            z = open_loop(model, shown, context)
             decoded = self.decoder(z.flatten(0, 1)).view(shown.obs.shape)
         real = _unit(shown.obs)
         bands = torch.stack([real, decoded, (real - decoded).abs()], 1)
@@ -122,7 +122,7 @@ class Viewer:
 
 
 @contextmanager
-def _undisturbed(model: LeWorldModel) -> Iterator[None]:
+def undisturbed(model: LeWorldModel) -> Iterator[None]:
     """No gradients, and no running statistics that would take note of what is looked at."""
     training = model.training
     model.eval()
@@ -147,7 +147,7 @@ def _longest_episodes(is_first: Bool[Tensor, "B T"]) -> tuple[Int64[Tensor, " N"
     return chosen, alive[chosen]
 
 
-def _open_loop(model: LeWorldModel, batch: Batch, context: int) -> Float[Tensor, "B T D"]:
+def open_loop(model: LeWorldModel, batch: Batch, context: int) -> Float[Tensor, "B T D"]:
     """Latents of all rows: observed up to ``context``, then imagined from the recorded actions alone."""
     state = model.initial(len(batch.obs))
     action = torch.zeros_like(batch.action[:, 0])

@@ -1,0 +1,121 @@
+"""The physical state behind a picture: read it, put it back, name its parts.
+
+It is what dm_control's ``physics.get_state`` gives: generalised positions, velocities and, where there are any,
+actuator activations. A task may also draw its target anew for each episode (dm_control's reacher moves a geom of the
+model); that belongs to the episode and not to the state, so an environment is put back into a recorded moment by
+resetting it to the episode (``envs.wrappers.Episodes``) and then calling :func:`set_physical_state`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.envs.mujoco import MujocoEnv
+from jaxtyping import Float64
+
+from envs.dmc import DMCEnv
+
+_WIDTHS = {
+    mujoco.mjtJoint.mjJNT_FREE: (7, 6),
+    mujoco.mjtJoint.mjJNT_BALL: (4, 3),
+    mujoco.mjtJoint.mjJNT_SLIDE: (1, 1),
+    mujoco.mjtJoint.mjJNT_HINGE: (1, 1),
+}
+"""Positions and velocities of each kind of joint."""
+
+
+class NoPhysics(ValueError):
+    """The task is not simulated by MuJoCo, so it has no physical state that could be read or set."""
+
+
+def simulation(env: gym.Env) -> tuple[mujoco.MjModel, mujoco.MjData]:
+    """The MuJoCo model and data inside ``env``, under whatever wrappers.
+
+    Raises:
+        NoPhysics: there are none.
+    """
+    base = env.unwrapped
+    if isinstance(base, DMCEnv):
+        return base.simulation
+    if isinstance(base, MujocoEnv):
+        return base.model, base.data
+    raise NoPhysics(f"{type(base).__name__} has no MuJoCo simulation; physical states exist on dmc/ and mujoco/ tasks")
+
+
+def physical_state(env: gym.Env) -> Float64[np.ndarray, " S"]:
+    """Positions, velocities and activations as they are now, a new array. Its parts: :func:`physical_names`.
+
+    Raises:
+        NoPhysics: the task is not simulated by MuJoCo.
+    """
+    _, data = simulation(env)
+    return np.concatenate([data.qpos, data.qvel, data.act])
+
+
+def set_physical_state(env: gym.Env, state: Float64[np.ndarray, " S"]) -> None:
+    """Put the simulation into ``state`` and compute what follows from it, so that ``env.render()`` shows it.
+
+    Time limits and what the episode drew at its start (a target's place) stay as they are. Gymnasium's own tasks draw
+    while they are stepped what was one simulator step earlier, so there the picture is that much newer than theirs.
+
+    Raises:
+        NoPhysics: the task is not simulated by MuJoCo.
+        ValueError: a state of another size, or not finite.
+    """
+    model, data = simulation(env)
+    state = np.asarray(state, np.float64)
+    if state.shape != (model.nq + model.nv + model.na,):
+        raise ValueError(
+            f"a physical state of this task has {model.nq + model.nv + model.na} numbers, got the shape {state.shape}"
+        )
+    if not np.isfinite(state).all():
+        raise ValueError("the physical state has NaN or inf in it")
+    data.qpos[:], data.qvel[:], data.act[:] = np.split(state, [model.nq, model.nq + model.nv])
+    mujoco.mj_forward(model, data)
+
+
+def physical_names(env: gym.Env) -> list[str]:
+    """What each number of :func:`physical_state` is: ``qpos/<joint>``, ``qvel/<joint>``, ``act/<number>``; joints with
+    several numbers count them, as ``qpos/root[0]``.
+
+    Raises:
+        NoPhysics: the task is not simulated by MuJoCo.
+    """
+    model, _ = simulation(env)
+    names = []
+    for part, kind in enumerate(("qpos", "qvel")):
+        for joint in range(model.njnt):
+            name = mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_JOINT, joint) or f"joint{joint}"
+            width = _WIDTHS[mujoco.mjtJoint(model.jnt_type[joint])][part]
+            names += [f"{kind}/{name}"] if width == 1 else [f"{kind}/{name}[{i}]" for i in range(width)]
+    return names + [f"act/{i}" for i in range(model.na)]
+
+
+class WithPhysics(gym.Wrapper):
+    """Adds to each observation the ``physics`` behind it, float64: a dict of both, the first named ``observation``
+    unless it is a dict already.
+
+    Raises:
+        NoPhysics: the task is not simulated by MuJoCo.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        space = env.observation_space
+        parts = space.spaces if isinstance(space, gym.spaces.Dict) else {"observation": space}
+        physics = gym.spaces.Box(-np.inf, np.inf, (len(physical_names(env)),), np.float64)
+        self.observation_space = gym.spaces.Dict({**parts, "physics": physics})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._with_physics(obs), info
+
+    def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self._with_physics(obs), reward, terminated, truncated, info
+
+    def _with_physics(self, obs: Any) -> dict[str, np.ndarray]:
+        return {**(obs if isinstance(obs, dict) else {"observation": obs}), "physics": physical_state(self.env)}
