@@ -154,16 +154,17 @@ class _Sampler(Planner):
         mean = mean.clamp(-1, 1)
         given = [mean[:, None]] if proposals is None else [mean[:, None], proposals.clamp(-1, 1)]
         candidates, scores = mean.new_zeros(len(mean), 0, *mean.shape[1:]), mean.new_zeros(len(mean), 0)
-        best = start_score = None
-        for samples in self.counts:
+        best, best_score = mean, torch.full_like(mean[:, 0, 0], -torch.inf, dtype=torch.float32)
+        start_score = best_score
+        for i, samples in enumerate(self.counts):
             noise = self.noise((samples, *mean.shape[1:]), mean, generator)
             fresh = torch.cat([*given, (mean[:, None] + std[:, None] * noise).clamp(-1, 1)], 1)
             fresh_scores = _rankable(score(fresh))
             candidates, scores = torch.cat([candidates, fresh], 1), torch.cat([scores, fresh_scores], 1)
             top, index = scores.topk(self.elites, 1)
             elites = _take(candidates, index)
-            if best is None:
-                best, best_score, start_score = elites[:, 0], top[:, 0], fresh_scores[:, 0]
+            if i == 0:
+                start_score = fresh_scores[:, 0]
             better = top[:, 0] > best_score
             best = torch.where(better[:, None, None], elites[:, 0], best)
             best_score = torch.where(better, top[:, 0], best_score)

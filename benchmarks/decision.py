@@ -23,6 +23,9 @@ from worldmodels.interface import State, WorldModel
 from worldmodels.lewm import PAPER, LeWorldModel, build_world_model
 
 Part = Literal["encode", "rollout", "score", "search"]
+Place = tuple[Any, str, Part]
+"""An owner, the name of its function, and what the function's time counts as."""
+
 PARTS: dict[Part, str] = {
     "encode": "what was seen, once",
     "rollout": "imagined steps of the candidates, and of the policy's proposals",
@@ -79,7 +82,7 @@ def time_decision(agent: MPCAgent, obs: Any, watch: Stopwatch) -> Results:
     def decide() -> None:
         agent.act(obs, np.zeros(1, bool), carry, explore=False)
 
-    places = [
+    places: list[Place] = [
         (agent.model, "observe", "encode"),
         (agent.model, "imagine", "rollout"),
         (ImaginedReturn, "__call__", "score"),
@@ -123,15 +126,17 @@ def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
             goal = model.encode(frames[1:])
             planner.plan(GoalDistance(model, state, goal), mean, torch.ones_like(mean))
 
-    places = [(model, "encode", "encode"), (model, "imagine", "rollout"), (GoalDistance, "__call__", "score")]
+    places: list[Place] = [
+        (model, "encode", "encode"),
+        (model, "imagine", "rollout"),
+        (GoalDistance, "__call__", "score"),
+    ]
     note = f"{PUBLISHED.samples}×{PUBLISHED.iterations}, H={PUBLISHED_HORIZON}, {'bf16' if bf16 else 'float32'}"
     # It takes seconds: one call is a repeat.
     return _timed("plan/published", decide, places, Stopwatch(min(watch.repeats, 3), 1e-3, watch.device), note)
 
 
-def _timed(
-    name: str, work: Callable[[], None], places: list[tuple[Any, str, Part]], watch: Stopwatch, note: str
-) -> Results:
+def _timed(name: str, work: Callable[[], None], places: list[Place], watch: Stopwatch, note: str) -> Results:
     total = watch.latency(work)
     results = {name: replace(total, note=note)}
     with _marked(places, watch.device) as clock:
@@ -148,7 +153,7 @@ def _timed(
 
 
 @contextmanager
-def _marked(places: list[tuple[Any, str, Part]], device: torch.device) -> Iterator[PartClock]:
+def _marked(places: list[Place], device: torch.device) -> Iterator[PartClock]:
     """Every place's function charged to its part; all as before afterwards."""
     clock = PartClock(device)
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PUBLISHED_STYLES = (("o", "--"), ("s", ":"), ("^", "-."), ("D", (0, (5, 1))))
 """Marker and line of each published algorithm; all of them are grey, so that what was measured here stands out."""
 
+_LETTERS_AN_INCH = 17  # of the caption, which nothing else keeps within the picture
 _DMC_LIMITS = (-25.0, 1025.0)  # returns of dm_control tasks lie in [0, 1000]
 
 
@@ -130,7 +132,7 @@ def draw(path: Path, panels: Sequence[Panel], references: Sequence[Reference], f
     for axis in axes[:, 0]:
         axis.set_ylabel("evaluation return")
     _legend(figure, axes.ravel().tolist())
-    caption = [footer]
+    caption = textwrap.wrap(footer, int(figure.get_figwidth() * _LETTERS_AN_INCH))
     if any(len(one.lines) > 1 for panel in panels for one in panel.series):
         caption.insert(0, "thick: mean of the seeds, thin: each seed")
     figure.supxlabel("\n".join(caption), fontsize=7.5, color="0.45", x=0.01, ha="left")

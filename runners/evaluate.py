@@ -95,8 +95,9 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
 def parse_args(args: Sequence[str] | None) -> EvaluateConfig:
     """The command line, with the run's own settings of the planner as defaults."""
     where, _ = tyro.cli(_Where, args=args, return_unknown_args=True, add_help=False)
-    is_run = where.run_dir is not None and (Path(where.run_dir) / "config.json").exists()
-    mpc = read_config(Path(where.run_dir)).mpc if is_run else MPCConfig()
+    mpc = MPCConfig()
+    if where.run_dir is not None and (Path(where.run_dir) / "config.json").exists():
+        mpc = read_config(Path(where.run_dir)).mpc
     default = EvaluateConfig(run_dir=tyro.MISSING, mpc=mpc)
     return tyro.cli(EvaluateConfig, default=default, args=args, prog="python -m runners.evaluate")
 

@@ -143,7 +143,8 @@ def test_random_actions_are_as_frequent_as_each_episode_drew() -> None:
     between 0 and 0.6."""
     agent = DreamerAgent(Point(), 1, Pathwise(), replace(CONFIG, random_actions=0.6))
     nothing = torch.zeros(300)
-    agent.policy.sample = lambda feat: Draw(nothing[:, None], nothing, nothing)  # type: ignore[method-assign]
+    draw = Draw(nothing[:, None], nothing, nothing)
+    agent.policy.sample = lambda feat, generator=None: draw  # type: ignore[method-assign]
     obs, first = np.zeros((200, 300, 1), np.float32), np.zeros((200, 300), bool)
     first[0] = first[100, :150] = True
     actions = act_along(agent, obs, first, explore=True)[..., 0]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.dreamer import computes_bf16
 from runners.replay import Replay
 from runners.train import main
 from worldmodels.interface import Batch
@@ -33,7 +34,7 @@ def test_the_world_model_learns_from_pixels_what_actions_cause(tmp_path: Path) -
     model.fit_normaliser(train.sample(16, 16, generator).obs.flatten(0, 1))
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(400):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_bf16(torch.device("cpu"))):
             loss, _, _ = model.loss(train.sample(16, 16, generator))
         optimiser.zero_grad()
         loss.backward()

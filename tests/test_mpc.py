@@ -113,7 +113,8 @@ def test_an_exact_model_is_controlled_without_having_learned_anything(planner: s
 def test_environments_are_planned_for_as_if_alone(planner: str) -> None:
     agent = point_agent(planner=planner, proposals=0)
     together, _ = play(agent)
-    carry, x = agent.initial(1), np.array([[0.6]], np.float32)
+    x: np.ndarray = np.array([[0.6]], np.float32)
+    carry = agent.initial(1)
     for step in range(3):
         action, carry = agent.act(x, np.full(1, step == 0), carry, explore=False)
         assert action[0, 0] == pytest.approx(together[1, step], abs=1e-5)
