@@ -66,31 +66,28 @@ def shift(plan: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
 
 
 @dataclass(frozen=True)
-class CEMConfig:
-    """The cross-entropy method: a normal refitted to its best samples, iteration after iteration."""
+class SamplingConfig:
+    """What all sampling planners have in common, and the same budget for each."""
 
-    samples: int = 300
+    samples: int = 64
     """Candidates of an iteration."""
-    iterations: int = 30
+    iterations: int = 2
     """Times that the normal is refitted."""
-    elites: int = 30
+    elites: int = 8
     """Best candidates it is refitted to."""
     min_std: float = 0.05
     """Smallest standard deviation."""
 
 
 @dataclass(frozen=True)
-class ICEMConfig:
+class CEMConfig(SamplingConfig):
+    """The cross-entropy method: a normal refitted to its best samples, iteration after iteration."""
+
+
+@dataclass(frozen=True)
+class ICEMConfig(SamplingConfig):
     """iCEM (arXiv 2008.06389): CEM with noise that is correlated in time, elites that stay, and fewer samples later."""
 
-    samples: int = 128
-    """Candidates of the first iteration."""
-    iterations: int = 4
-    """Times that the normal is refitted."""
-    elites: int = 16
-    """Best candidates it is refitted to."""
-    min_std: float = 0.05
-    """Smallest standard deviation."""
     colour: float = 2.0
     """Exponent β of the noise's power spectrum 1/fᵝ over the horizon. 0: white."""
     keep: float = 0.3
@@ -100,17 +97,10 @@ class ICEMConfig:
 
 
 @dataclass(frozen=True)
-class MPPIConfig:
-    """Model predictive path integral control, as in TD-MPC2 (arXiv 2310.16828): elites weighted by their scores."""
+class MPPIConfig(SamplingConfig):
+    """Model predictive path integral control, as in TD-MPC2 (arXiv 2310.16828): elites, all of which stay in the race,
+    are weighted by their scores."""
 
-    samples: int = 64
-    """Candidates of an iteration."""
-    iterations: int = 2
-    """Times that the normal is refitted."""
-    elites: int = 8
-    """Best candidates it is refitted to; they stay in the race."""
-    min_std: float = 0.05
-    """Smallest standard deviation."""
     temperature: float = 0.5
     """Difference in score, in standard deviations of the elites' scores, that makes a weight e times larger."""
 
@@ -121,9 +111,8 @@ class _Sampler(Planner):
     answers_mean = True
     """Whether the answer is the normal's mean, or the best candidate of all."""
 
-    def __init__(
-        self, samples: int, iterations: int, elites: int, min_std: float, *, keep: int = 0, decay: float = 1.0
-    ) -> None:
+    def __init__(self, config: SamplingConfig, *, keep: int = 0, decay: float = 1.0) -> None:
+        samples, iterations, elites = config.samples, config.iterations, config.elites
         if iterations < 1 or not 1 <= elites <= samples:
             raise ValueError(
                 "a planner needs at least 1 iteration and 1 elite, and as many samples as elites; got "
@@ -131,7 +120,7 @@ class _Sampler(Planner):
             )
         self.counts = [max(int(samples / decay**i), min(samples, 2 * elites)) for i in range(iterations)]
         self.elites = elites
-        self.min_std = min_std
+        self.min_std = config.min_std
         self.keep = keep
 
     def noise(self, shape: tuple[int, int, int], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -192,7 +181,7 @@ class CEM(_Sampler):
     """See :class:`CEMConfig`."""
 
     def __init__(self, config: CEMConfig) -> None:
-        super().__init__(config.samples, config.iterations, config.elites, config.min_std)
+        super().__init__(config)
 
 
 class ICEM(_Sampler):
@@ -201,10 +190,9 @@ class ICEM(_Sampler):
     answers_mean = False
 
     def __init__(self, config: ICEMConfig) -> None:
-        keep = round(config.keep * config.elites)
-        super().__init__(
-            config.samples, config.iterations, config.elites, config.min_std, keep=keep, decay=config.decay
-        )
+        if not 0 <= config.keep <= 1 or not config.decay >= 1:
+            raise ValueError(f"keep must lie in 0 to 1 and decay be at least 1; got {config.keep} and {config.decay}")
+        super().__init__(config, keep=round(config.keep * config.elites), decay=config.decay)
         self.colour = config.colour
 
     def noise(self, shape: tuple[int, int, int], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -215,7 +203,9 @@ class MPPI(_Sampler):
     """See :class:`MPPIConfig`."""
 
     def __init__(self, config: MPPIConfig) -> None:
-        super().__init__(config.samples, config.iterations, config.elites, config.min_std, keep=config.elites)
+        if not config.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {config.temperature}")
+        super().__init__(config, keep=config.elites)
         self.temperature = config.temperature
 
     def weigh(self, scores: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:

@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    torch.set_num_threads(1)  # a program that the last test ran may have taken more
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  third-party code draws from the global generator
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ def random_rows(path: Path, env_steps: int, seed: int) -> Replay:
     """The replay of random actions on cartpole swing-up."""
     once = str(env_steps)
     words = ["--task", "dmc/cartpole-swingup", "--agent", "random", "--env-steps", once, "--seed", str(seed)]
-    words += ["--run-dir", str(path), "--loop.eval-every", once, "--loop.eval-episodes", "1"]
+    words += ["--run-dir", str(path), "--loop.eval-every", once, "--loop.eval-episodes", "1", "--threads", "1"]
     assert main(words) == 0
     return Replay.open(path / "replay")
 

@@ -220,3 +220,16 @@ def test_coloured_noise_has_unit_variance_and_the_right_spectrum(exponent: float
 def test_an_impossible_budget_is_refused(build: Callable[[], Planner]) -> None:
     with pytest.raises(ValueError, match="a planner needs at least 1"):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: ICEM(replace(ICEM_CONFIG, keep=1.5)), "keep must lie in 0 to 1"),
+        (lambda: ICEM(replace(ICEM_CONFIG, decay=0.0)), "decay be at least 1"),
+        (lambda: MPPI(replace(MPPI_CONFIG, temperature=0.0)), "temperature must be above 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(build: Callable[[], Planner], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        build()
