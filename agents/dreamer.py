@@ -66,7 +66,7 @@ class DreamerConfig:
     """Largest gradient norm, for the model, the policy and the critic each."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 runs the networks in bfloat16 autocast; losses, returns and the optimiser stay in float32. auto takes it
-    where the hardware computes in it: a processor that has to emulate it takes twice as long as in float32."""
+    where the hardware computes in it: a processor that has to emulate it takes half as long again as in float32."""
 
 
 class DreamerCarry(NamedTuple):
