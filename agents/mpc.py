@@ -165,11 +165,11 @@ class MPCAgent(DreamerAgent):
         if not count:
             return None
         state = repeat(state, count)
+        first = torch.arange(envs * count, device=self.device)[:, None] % count == 0
         actions = []
         for _ in range(self.mpc.horizon):
             feat = self.model.feat(state)
             likely, drawn = self.policy.mode(feat), self.policy.sample(feat, generator).action
-            first = torch.arange(envs * count, device=self.device) % count == 0
-            actions.append(torch.where(first[:, None], likely, drawn))
+            actions.append(torch.where(first, likely, drawn))
             state = self.model.imagine(state, actions[-1])
         return torch.stack(actions, 1).view(envs, count, self.mpc.horizon, -1)

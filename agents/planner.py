@@ -154,9 +154,7 @@ class _Sampler(Planner):
             elites = _take(candidates, index)
             if i == 0:
                 start_score = fresh_scores[:, 0]
-            better = top[:, 0] > best_score
-            best = torch.where(better[:, None, None], elites[:, 0], best)
-            best_score = torch.where(better, top[:, 0], best_score)
+            best, best_score = _better(best, best_score, elites[:, 0], top[:, 0])
             weight = self.weigh(top)[..., None, None]
             mean = (weight * elites).sum(1).clamp(-1, 1)  # weights may sum to a little more than 1
             std = (weight * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(min=self.min_std)
@@ -175,6 +173,17 @@ def _rankable(scores: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
 
 def _take(candidates: Float[Tensor, "B N H A"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K H A"]:
     return candidates.gather(1, index[..., None, None].expand(-1, -1, *candidates.shape[2:]))
+
+
+def _better(
+    best: Float[Tensor, "B H A"],
+    best_score: Float[Tensor, " B"],
+    plan: Float[Tensor, "B H A"],
+    score: Float[Tensor, " B"],
+) -> tuple[Float[Tensor, "B H A"], Float[Tensor, " B"]]:
+    """The better of two plans for each problem, with its score."""
+    better = score > best_score
+    return torch.where(better[:, None, None], plan, best), torch.where(better, score, best_score)
 
 
 class CEM(_Sampler):
@@ -281,9 +290,7 @@ class GradientPlanner(Planner):
         for step in range(cfg.iterations + 1):
             scores = score(plans)
             top, index = _rankable(scores.detach()).max(1)
-            better = top > best_score
-            best = torch.where(better[:, None, None], _take(plans.detach(), index[:, None])[:, 0], best)
-            best_score = torch.where(better, top, best_score)
+            best, best_score = _better(best, best_score, _take(plans.detach(), index[:, None])[:, 0], top)
             if step < cfg.iterations:
                 (plans.grad,) = torch.autograd.grad(-scores.sum(), plans)
                 plans.grad.nan_to_num_()
