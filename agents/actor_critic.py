@@ -67,17 +67,29 @@ class Policy(nn.Module):
         """A random action."""
         mean, std = self(feat)
         noise = torch.empty_like(std).normal_(generator=generator)
+        return Draw(self.action(mean, std, noise), *self.densities(mean, std, noise))
+
+    def action(
+        self, mean: Float[Tensor, "*N A"], std: Float[Tensor, "*N A"], noise: Float[Tensor, "*N A"]
+    ) -> Float[Tensor, "*N A"]:
+        """The action that standard normal ``noise`` leads to."""
+        if self.config.kind == "squashed":
+            return torch.tanh(mean + std * noise)
+        free = torch.tanh(mean) + std * noise
+        # Clipped in value but not in gradient: a sample beyond the edge still tells the mean where to go.
+        return free + (free.clamp(-1, 1) - free).detach()
+
+    def densities(
+        self, mean: Float[Tensor, "*N A"], std: Float[Tensor, "*N A"], noise: Float[Tensor, "*N A"]
+    ) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+        """Entropy and log probability of that action, as :class:`Draw` has them."""
         if self.config.kind == "squashed":
             raw = mean + std * noise
-            entropy = -squashed_log_prob(raw, mean, std)
-            return Draw(torch.tanh(raw), entropy, squashed_log_prob(raw.detach(), mean, std))
+            return -squashed_log_prob(raw, mean, std), squashed_log_prob(raw.detach(), mean, std)
         centre = torch.tanh(mean)
-        free = centre + std * noise
-        # Clipped in value but not in gradient: a sample beyond the edge still tells the mean where to go.
-        action = free + (free.clamp(-1, 1) - free).detach()
-        entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-        log_prob = -0.5 * ((free.detach() - centre) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-        return Draw(action, entropy, log_prob.sum(-1))
+        drawn = (centre + std * noise).detach()
+        log_prob = -0.5 * ((drawn - centre) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+        return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1), log_prob.sum(-1)
 
 
 def squashed_log_prob(

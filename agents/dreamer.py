@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+
 
 from agents.actor_critic import (
     Critic,
@@ -23,6 +22,7 @@ from agents.actor_critic import (
     ReturnScale,
     follow,
 )
+from agents.beside import one_after_the_other, side_by_side
 from agents.interface import NonFiniteLoss
 from agents.returns import lambda_return
 from worldmodels.interface import Batch, State, WorldModel
@@ -77,6 +77,14 @@ class DreamerCarry(NamedTuple):
     random: Float[Tensor, " E"]
 
 
+class Behaviour(NamedTuple):
+    """What imagination taught."""
+
+    gradients: dict[str, tuple[Tensor | None, ...]]
+    """Of each group's parameters, in their order; None where a loss does not depend on one."""
+    metrics: dict[str, Tensor]
+
+
 class DreamerAgent:
     """Implements :class:`agents.interface.Agent`."""
 
@@ -91,6 +99,7 @@ class DreamerAgent:
         self.average_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = Critic(model.feat_dim, config.critic).to(self.device)
         self.scale = ReturnScale().to(self.device)
+        self.beside = side_by_side if self.device.type == "cpu" and not _has_modes(model) else one_after_the_other
         self.groups: dict[str, list[nn.Parameter]] = {
             "model": list(model.parameters()),
             "policy": list(self.policy.parameters()),
@@ -146,13 +155,19 @@ class DreamerAgent:
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         with self._autocast():
-            model_loss, states, metrics = self.model.loss(batch)
-            value_loss = self._replay_value_loss(batch, self.model.feat(states), self.model.settled(states))
-        (model_loss + self.config.replay_value_weight * value_loss).backward()
-        metrics |= {"model_loss": model_loss.detach(), "replay_value_loss": value_loss.detach()}
+            embedded = self.model.embed(batch, cut=True)
         if self.updates % self.config.behaviour_every == 0:
             learning += ["policy", "critic"]
-            metrics |= self._learn_behaviour(states, batch.is_terminal.flatten())
+            # Both start from the embedded batch, and neither changes what the other reads.
+            metrics, behaviour = self.beside(
+                lambda: self._learn_model(batch, embedded),
+                lambda: self._learn_behaviour(embedded[0], batch.is_terminal.flatten()),
+            )
+            self._add_gradients(behaviour.gradients)
+            metrics |= behaviour.metrics
+        else:
+            metrics = self._learn_model(batch, embedded)
+        self.model.backward_encoder(embedded)
         for name in learning:
             metrics[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(self.groups[name], self.config.clip)
         _refuse_non_finite(metrics)
@@ -164,14 +179,32 @@ class DreamerAgent:
         self.updates += 1
         return metrics
 
-    def _learn_behaviour(self, states: State, ended: Bool[Tensor, " R"]) -> dict[str, Tensor]:
-        """Gradients of policy and critic from imagination. The critic's add to those from the replayed rows."""
+    def _learn_model(self, batch: Batch, embedded: tuple[State, Any]) -> dict[str, Tensor]:
+        """Gradients of the world model, and of the critic from replayed rows, into the parameters' ``grad``."""
+        states = embedded[0]
+        with self._autocast():
+            model_loss, metrics = self.model.losses(batch, embedded)
+            value_loss = self._replay_value_loss(batch, self.model.feat(states), self.model.settled(states))
+        (model_loss + self.config.replay_value_weight * value_loss).backward()
+        return metrics | {"model_loss": model_loss.detach(), "replay_value_loss": value_loss.detach()}
+
+    def _learn_behaviour(self, states: State, ended: Bool[Tensor, " R"]) -> Behaviour:
+        """Gradients of policy and critic from imagination. Touches no parameter's ``grad``."""
         self.model.eval()  # imagining sees the normalisation that acting sees
         with self._autocast():
             policy_loss, critic_loss, metrics = self._behaviour_losses(self._choose_starts(states, ended))
-        policy_loss.backward()
-        critic_loss.backward()
-        return metrics
+        gradients = {
+            name: torch.autograd.grad(loss, self.groups[name], allow_unused=True)
+            for name, loss in (("policy", policy_loss), ("critic", critic_loss))
+        }
+        return Behaviour(gradients, metrics)
+
+    def _add_gradients(self, gradients: dict[str, tuple[Tensor | None, ...]]) -> None:
+        """The critic's meet those from the replayed rows."""
+        for name, of_group in gradients.items():
+            for parameter, gradient in zip(self.groups[name], of_group, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _replay_value_loss(
         self, batch: Batch, feat: Float[Tensor, "R F"], settled: Bool[Tensor, " R"]
@@ -199,19 +232,18 @@ class DreamerAgent:
     def _behaviour_losses(self, state: State) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Imagine with the current policy; the policy's and the critic's loss."""
         cfg = self.config
-        with _frozen(self.model), _frozen(self.critic):
-            feats, log_probs, entropies = self._imagine(state)
-            flat = feats.flatten(0, 1)
-            shape = feats.shape[:2]
-            value = self.critic.value(flat).view(shape)
-            reward = self.model.reward(feats[:, 1:].flatten(0, 1)).view(shape[0], -1)
-            discount = cfg.discount * self.model.cont(feats[:, 1:].flatten(0, 1)).view(shape[0], -1)
-            returns = lambda_return(reward, discount, value[:, 1:], cfg.lam)
-            weight = torch.cumprod(torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1]], 1), 1).detach()
-            scale = self.scale(returns)
-            loss = self.estimator(Imagined(returns, value[:, :-1].detach(), log_probs, scale))
-            policy_loss = (weight * (loss - cfg.entropy * entropies)).mean()
-        critic_loss = (weight * self.critic.loss(feats[:, :-1].detach(), returns.detach())).mean()
+        feats, log_probs, entropies = self._imagine(state)
+        shape = feats.shape[:2]
+        value = self.critic.value(feats.flatten(0, 1)).view(shape).t()
+        reward, cont = (x.view(-1, shape[1]).t() for x in self.model.outcome(feats[1:].flatten(0, 1)))
+        discount = cfg.discount * cont
+        returns = lambda_return(reward, discount, value[:, 1:], cfg.lam)
+        weight = torch.cumprod(torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1]], 1), 1).detach()
+        scale = self.scale(returns)
+        loss = self.estimator(Imagined(returns, value[:, :-1].detach(), log_probs, scale))
+        policy_loss = (weight * (loss - cfg.entropy * entropies)).mean()
+        decided_in = feats[:-1].detach().flatten(0, 1)
+        critic_loss = (weight.t().flatten() * self.critic.loss(decided_in, returns.detach().t().flatten())).mean()
         return (
             policy_loss,
             critic_loss,
@@ -226,17 +258,17 @@ class DreamerAgent:
         )
 
     def _imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """H decisions from N states: features (N,H+1,F), log probabilities and entropies (N,H)."""
-        feats = [self.model.feat(state)]
-        log_probs, entropies = [], []
+        """H decisions from N states: features (H+1,N,F), log probabilities and entropies (N,H)."""
+        feats, decisions = [self.model.feat(state)], []
         for _ in range(self.config.horizon):
-            draw = self.policy.sample(feats[-1].detach())
-            entropies.append(draw.entropy)
-            log_probs.append(draw.log_prob)
+            mean, std = self.policy(feats[-1].detach())
+            noise = torch.randn_like(std)
+            decisions.append(torch.stack([mean, std, noise]))
             with torch.set_grad_enabled(self.estimator.through_dynamics):
-                state = self.model.imagine(state, draw.action)
+                state = self.model.imagine(state, self.policy.action(mean, std, noise))
                 feats.append(self.model.feat(state))
-        return torch.stack(feats, 1), torch.stack(log_probs, 1), torch.stack(entropies, 1)
+        entropies, log_probs = self.policy.densities(*torch.stack(decisions, 2).unbind(0))
+        return torch.stack(feats), log_probs, entropies
 
     def monitors(self, batch: Batch) -> dict[str, float]:
         self.model.eval()
@@ -274,6 +306,11 @@ def computes_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _has_modes(model: nn.Module) -> bool:
+    """Whether training and imagining are different computations, which cannot run at the same time on one model."""
+    return any(isinstance(m, (nn.Dropout, nn.modules.batchnorm._BatchNorm)) for m in model.modules())
+
+
 def _refuse_non_finite(metrics: dict[str, Tensor]) -> None:
     """One look at everything at once: a NaN anywhere makes the sum NaN."""
     if not torch.isfinite(torch.stack(list(metrics.values())).sum()):
@@ -282,16 +319,3 @@ def _refuse_non_finite(metrics: dict[str, Tensor]) -> None:
             f"{', '.join(bad)} became NaN or inf; training stopped before the weights were changed, and the last "
             "checkpoint is good. Lower the learning rates or look at the rewards' size."
         )
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Parameters take no gradients inside, inputs do."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    for p in learning:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)

@@ -89,9 +89,8 @@ class ImaginedReturn:
         for k in range(horizon):
             state = self.model.imagine(state, actions[:, k])
             feats.append(self.model.feat(state))
-        flat = torch.cat(feats)
-        reward = self.model.reward(flat).view(horizon, b * n)
-        kept = self.discount * self.model.cont(flat).view(horizon, b * n)
+        reward, cont = (x.view(horizon, b * n) for x in self.model.outcome(torch.cat(feats)))
+        kept = self.discount * cont
         total = self.value(feats[-1]) if self.value is not None else torch.zeros_like(reward[0])
         for k in reversed(range(horizon)):
             total = reward[k] + kept[k] * total

@@ -22,11 +22,13 @@ def lambda_return(
     that state is terminal. Where ``cut`` is true the sequence ends in that state, whose own value stands for the
     rest.
     """
+    # Where the sequence is cut, the state's own value takes the place of the return that follows.
+    bootstrapped = (1 - lam) * value if cut is None else torch.where(cut, value, (1 - lam) * value)
+    fixed = (reward + discount * bootstrapped).unbind(1)
+    passed_on = (lam * discount if cut is None else (lam * discount).masked_fill(cut, 0.0)).unbind(1)
     following = value[:, -1]
     returns = []
-    for k in reversed(range(reward.shape[1])):
-        if cut is not None:
-            following = torch.where(cut[:, k], value[:, k], following)
-        following = reward[:, k] + discount[:, k] * ((1 - lam) * value[:, k] + lam * following)
+    for k in reversed(range(len(fixed))):
+        following = torch.addcmul(fixed[k], passed_on[k], following)
         returns.append(following)
     return torch.stack(returns[::-1], 1)

@@ -20,6 +20,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from agents import dreamer
+from agents.beside import one_after_the_other
 from agents.dreamer import DreamerAgent
 from worldmodels.interface import Batch
 from worldmodels.lewm import LeWorldModel
@@ -45,7 +46,8 @@ def time_parts(agent: DreamerAgent, batch: Batch, total_ms: float, repeats: int)
     """Milliseconds of each part in one update, the median over ``repeats`` updates (of cycles of them, where behaviour
     learns seldomer than the model).
 
-    On the CPU they are shares of ``total_ms``, the update's time without the profiler. On a GPU they are the time its
+    On the CPU they are shares of ``total_ms``, the update's time without the profiler, in the proportions that they
+    have one after the other. On a GPU they are the time its
     kernels run, and ``other`` is what is left of ``total_ms``.
 
     Raises:
@@ -73,7 +75,9 @@ def time_parts(agent: DreamerAgent, batch: Batch, total_ms: float, repeats: int)
 def _marked(agent: DreamerAgent, model: LeWorldModel) -> Iterator[Callable[[Batch], Any]]:
     """``agent.update`` with every part marked for the profiler; the agent is as before afterwards."""
     places: list[tuple[Any, str, str]] = [
-        (model, "loss", "loss"),
+        (model, "embed", "loss"),
+        (model, "losses", "loss"),
+        (model, "backward_encoder", "loss"),
         (model.normaliser, "forward", "encoder"),
         (model.encoder, "forward", "encoder"),
         (model.predictor, "forward", "predictor"),
@@ -84,6 +88,8 @@ def _marked(agent: DreamerAgent, model: LeWorldModel) -> Iterator[Callable[[Batc
         (dreamer, "follow", "optimiser"),
     ]
     with ExitStack() as stack:
+        # What the other half of the update takes would otherwise be charged to waiting for it.
+        stack.enter_context(patch.object(agent, "beside", one_after_the_other))
         for owner, name, mark in places:
             stack.enter_context(patch.object(owner, name, _mark(getattr(owner, name), mark)))
         yield _mark(agent.update, "update")

@@ -103,9 +103,9 @@ def imagined_rewards(model: WorldModel, state: State, action: Float[np.ndarray, 
     actions = torch.from_numpy(action).to(device).expand(len(state[0]), -1)
     for _ in range(STEPS):
         state = model.imagine(state, actions)
-        feat = model.feat(state)
-        rewards.append(going * model.reward(feat).float())
-        going = going * model.cont(feat).float()
+        reward, cont = model.outcome(model.feat(state))
+        rewards.append(going * reward.float())
+        going = going * cont.float()
     return torch.stack(rewards, 1).cumsum(1).cpu().numpy()
 
 

@@ -72,8 +72,9 @@ class Config:
     """Fixes the weights, the environments, the exploration and the sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
-    num_envs: int = 1
-    """Environments collecting side by side; more than one run in processes of their own."""
+    num_envs: int = 4
+    """Environments collecting side by side; more than one run in processes of their own, and step while the agent
+    learns."""
     replay_device: Literal["auto", "host", "cuda"] = "auto"
     """Where sampled images live. auto: on the GPU that learns, if they fill at most half of its free memory."""
     threads: int = 0
@@ -99,7 +100,6 @@ def presets() -> dict[str, Config]:
     """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol."""
     cuda = Config(
         env_steps=100_000,
-        num_envs=4,
         env=EnvConfig(render="canonical", action_repeat=2),
         # SIGReg grows with the rows of a batch, of which there are four times as many.
         model=LeWMConfig(latent_dim=128, rollout=8, head_units=256, sigreg_weight=0.0125),

@@ -77,7 +77,11 @@ class Run:
         self.envs = make_vector_env(config.task, config.env, config.num_envs, config.seed)
         opened.callback(self.envs.close)
         self.eval_envs = VectorEnv(
-            config.task, config.env, min(config.loop.eval_episodes, 5), config.seed + EVALUATION_SEED, processes=False
+            config.task,
+            config.env,
+            min(config.loop.eval_episodes, 5),
+            config.seed + EVALUATION_SEED,
+            processes=config.num_envs > 1,
         )
         opened.callback(self.eval_envs.close)
         self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)

@@ -14,7 +14,7 @@ from worldmodels.lewm import LeWorldModel
 UNKNOWN_TASK = "none"
 """The task of a run on imported data that are of no task of ours."""
 
-_HEADS = ("reward_head.", "cont_head.")
+_HEADS = ("head_trunk.", "reward_head.", "cont_head.")
 
 
 def take_world_model(model: LeWorldModel, config: Config, source: Path) -> None:

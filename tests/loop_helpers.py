@@ -43,6 +43,7 @@ TINY = SMALL_AGENT | {
     "task": "dmc/cartpole-swingup",
     "device": "cpu",
     "threads": 1,
+    "num-envs": 1,
     "seed": 3,
     "env-steps": 960,
     "env.size": 32,

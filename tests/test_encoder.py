@@ -148,12 +148,12 @@ def dot_finder(contrast: float = 40.0) -> KeypointEncoder:
 
 @pytest.mark.parametrize(("row", "column"), [(32, 32), (20, 44), (44, 12)])
 def test_a_keypoint_is_where_its_map_is_bright(row: int, column: int) -> None:
-    """A bright square of 8 pixels centred between rows ``row`` − 1 and ``row``, in a grid of 16 over 64 pixels."""
+    """A bright square of 8 pixels centred between rows ``row`` − 1 and ``row``, in a grid of 15 over 64 pixels."""
     image = torch.zeros(1, 1, 64, 64)
     image[..., row - 4 : row + 4, column - 4 : column + 4] = 1.0
     across, down = dot_finder().positions(image)[0, :, 0].tolist()
-    # Cell i of the grid is centred on pixel 4·i + 1.5 and lies at −3 + 6·i/15.
-    place = lambda pixel: -3 + 6 * ((pixel - 0.5 - 1.5) / 4) / 15  # noqa: E731
+    # Cell i of the grid is centred on pixel 4·i + 3.5 and lies at −3 + 6·i/14.
+    place = lambda pixel: -3 + 6 * ((pixel - 0.5 - 3.5) / 4) / 14  # noqa: E731
     assert across == pytest.approx(place(column), abs=0.02)
     assert down == pytest.approx(place(row), abs=0.02)
 

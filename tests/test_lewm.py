@@ -117,6 +117,7 @@ def toy(predictor: Momentum, **changes: object) -> LeWorldModel:
     """A world model whose latent is the observation."""
     config = replace(SMALL, latent_dim=1, **changes)
     model = LeWorldModel(nn.Identity(), predictor, Normaliser((1,), per_feature=True), action_dim=1, config=config)
+    model.head_trunk = nn.Identity()  # type: ignore[assignment]
     model.reward_head = LastAction()  # type: ignore[assignment]
     model.cont_head = EndsWhereEven()  # type: ignore[assignment]
     return model
@@ -409,7 +410,7 @@ def test_head_gradient_decides_whether_the_heads_shape_the_latents(head_gradient
     for part in ("encoder", "predictor"):
         pairs = zip(gradients(model, batch, part), gradients(headless, batch, part), strict=True)
         assert all(torch.allclose(a, b, atol=1e-7) for a, b in pairs) != head_gradient, part
-    for part in ("reward_head", "cont_head"):
+    for part in ("head_trunk", "reward_head", "cont_head"):
         assert all(bool(g.any()) for g in gradients(model, batch, part)), part
 
 

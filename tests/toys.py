@@ -46,5 +46,11 @@ class Point(WorldModel):
     def settled(self, state: PointState) -> Tensor:
         return state.x[:, 0] > 0
 
-    def loss(self, batch: Batch) -> tuple[Tensor, PointState, dict[str, Tensor]]:
-        return 0 * self.unused.sum(), PointState(batch.obs.flatten(0, 1)), {}
+    def embed(self, batch: Batch, *, cut: bool = False) -> tuple[PointState, None]:
+        return PointState(batch.obs.flatten(0, 1)), None
+
+    def backward_encoder(self, embedded: tuple[PointState, None]) -> None:
+        pass
+
+    def losses(self, batch: Batch, embedded: tuple[PointState, None]) -> tuple[Tensor, dict[str, Tensor]]:
+        return 0 * self.unused.sum(), {}

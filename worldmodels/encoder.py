@@ -71,7 +71,7 @@ class Normaliser(nn.Module):
         self.fitted.fill_(True)
 
     def forward(self, obs: Shaped[Tensor, "N *obs"]) -> Float[Tensor, "N *obs"]:
-        return torch.sub(obs, self.mean).mul_(1 / self.scale)
+        return obs.to(self.mean.dtype, copy=True).sub_(self.mean).mul_(1 / self.scale)
 
 
 class ConvEncoder(nn.Module):
@@ -109,13 +109,14 @@ class KeypointEncoder(nn.Module):
     def __init__(self, obs_shape: tuple[int, int, int], dim: int, config: KeypointConfig) -> None:
         super().__init__()
         # The weights stay contiguous: fused Adam would pair channels_last ones wrongly with moments from a checkpoint.
-        self.stem = nn.Conv2d(obs_shape[0], config.stem, 8, 4, padding=2)
+        self.stem = nn.Conv2d(obs_shape[0], config.stem, 8, 4)
         self.maps = nn.Conv2d(config.stem, config.keypoints, 3, 1, padding=1)
         self.log_sharpness = nn.Parameter(torch.full((config.keypoints,), math.log(config.sharpness)))
         with torch.no_grad():
             height, width = self.stem(torch.zeros(1, *obs_shape)).shape[-2:]
         down, across = torch.meshgrid(torch.linspace(-3, 3, height), torch.linspace(-3, 3, width), indexing="ij")
-        self.register_buffer("grid", torch.stack([across.flatten(), down.flatten()]), persistent=False)
+        one = torch.ones(height * width)
+        self.register_buffer("grid", torch.stack([one, across.flatten(), down.flatten()]), persistent=False)
         self.out = mlp([2 * config.keypoints, config.hidden, dim])
         self.linear = nn.Linear(2 * config.keypoints, dim)
 
@@ -125,11 +126,18 @@ class KeypointEncoder(nn.Module):
 
     def positions(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N 2 P"]:
         """Across and down, in [-3, 3], of each keypoint."""
-        maps = self.maps(F.relu(self.stem(x.contiguous(memory_format=torch.channels_last))))
+        sharpness = self.log_sharpness.exp()
+        # The maps come out of their convolution sharpened, which spares three passes over them.
+        weight, bias = self.maps.weight * sharpness.view(-1, 1, 1, 1), self.maps.bias * sharpness
+        # channels_last is faster from the second convolution on; of three channels it is slower.
+        y = self.stem(x).contiguous(memory_format=torch.channels_last)
+        maps = F.conv2d(F.relu(y), weight, bias, padding=1)
         # In float32: bfloat16 would round positions to a fraction of a pixel.
         with torch.autocast(x.device.type, enabled=False):
-            logits = maps.permute(0, 2, 3, 1).flatten(1, 2).float() * self.log_sharpness.exp()
-            return self.grid @ logits.softmax(1)
+            logits = maps.permute(0, 2, 3, 1).flatten(1, 2).float()
+            # A softmax and its mean position in one product; what is subtracted changes neither them nor a gradient.
+            total, *moments = (self.grid @ (logits - logits.detach().amax(1, keepdim=True)).exp()).unbind(1)
+            return torch.stack([moment / total for moment in moments], 1)
 
 
 class StateEncoder(nn.Module):

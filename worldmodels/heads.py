@@ -84,7 +84,9 @@ class TwoHot(nn.Module):
 class ScalarHead(nn.Module):
     """feat (…,F) → the expected value of a scalar, learned with the two-hot symexp loss. It starts at exactly 0."""
 
-    def __init__(self, feat_dim: int, hidden: int, *, layers: int = 1, bins: int = 101, limit: float = 6.0) -> None:
+    def __init__(
+        self, feat_dim: int, hidden: int = 128, *, layers: int = 1, bins: int = 101, limit: float = 6.0
+    ) -> None:
         super().__init__()
         self.net = mlp([feat_dim, *[hidden] * layers, bins], last_scale=0.0)
         self.code = TwoHot(bins, limit)
@@ -100,7 +102,7 @@ class ScalarHead(nn.Module):
 class ContinueHead(nn.Module):
     """feat (…,F) → 1 − P(terminal), learned as a Bernoulli."""
 
-    def __init__(self, feat_dim: int, hidden: int, *, layers: int = 1) -> None:
+    def __init__(self, feat_dim: int, hidden: int = 128, *, layers: int = 1) -> None:
         super().__init__()
         self.net = mlp([feat_dim, *[hidden] * layers, 1], last_scale=0.0)
 

@@ -35,6 +35,8 @@ class Batch(NamedTuple):
     is_terminal: Bool[Tensor, "B T"]
 
 
+Metrics = dict[str, Float[Tensor, ""]]
+
 State = Any
 """A world model's memory at one moment, a NamedTuple of (B, …) tensors. Opaque to agents."""
 
@@ -98,6 +100,10 @@ class WorldModel(nn.Module):
         """1 − P(terminal), in [0, 1]."""
         raise NotImplementedError
 
+    def outcome(self, feat: Float[Tensor, "*N F"]) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+        """``reward`` and ``cont``, for a model that can share work between them."""
+        return self.reward(feat), self.cont(feat)
+
     def settled(self, state: State) -> Bool[Tensor, " B"]:
         """Whether the memory is as full as it gets: imagination starts from such states only."""
         raise NotImplementedError
@@ -110,6 +116,23 @@ class WorldModel(nn.Module):
         """Signs of collapse and of open-loop drift, for the logs."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], State, dict[str, Float[Tensor, ""]]]:
-        """The loss, the states of every row (leading dimension B*T, row-major over B then T), and metrics."""
+    def embed(self, batch: Batch, *, cut: bool = False) -> tuple[State, Any]:
+        """The states of every row (leading dimension B*T, row-major over B then T), and what else ``losses`` needs.
+
+        With ``cut``, backward passes end at the embedding until ``backward_encoder`` takes them on into the encoder.
+        """
         raise NotImplementedError
+
+    def backward_encoder(self, embedded: tuple[State, Any]) -> None:
+        """The encoder's gradients, from all that has reached the embedding so far. Once, after ``embed`` with cut."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch, embedded: tuple[State, Any]) -> tuple[Float[Tensor, ""], Metrics]:
+        """The loss of what ``embed`` made of the batch, and metrics."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], State, Metrics]:
+        """``embed`` and ``losses`` in one: the loss, the states, and metrics."""
+        embedded = self.embed(batch)
+        loss, metrics = self.losses(batch, embedded)
+        return loss, embedded[0], metrics

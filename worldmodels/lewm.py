@@ -26,8 +26,8 @@ from worldmodels.encoder import (
     StateEncoder,
     random_shift,
 )
-from worldmodels.heads import ContinueHead, ScalarHead
-from worldmodels.interface import Batch, Predictor, WorldModel
+from worldmodels.heads import ContinueHead, ScalarHead, mlp_trunk
+from worldmodels.interface import Batch, Metrics, Predictor, WorldModel
 from worldmodels.predictor import WindowConfig, WindowPredictor
 from worldmodels.sigreg import effective_rank, random_directions, sigreg
 from worldmodels.transformer import TransformerConfig, TransformerPredictor
@@ -71,7 +71,7 @@ class LeWMConfig:
     head_gradient: bool = True
     """Whether reward and continue losses shape the latents; False leaves the paper's two terms alone to do so."""
     head_units: int = 128
-    """Units of the hidden layer of the reward and continue heads."""
+    """Units of the hidden layer that the reward and continue heads read."""
     reward_limit: float = 4.0
     """The reward head's bins span ±symexp(limit), in reward summed over the action repeat."""
     shift_pixels: int = 0
@@ -101,6 +101,47 @@ class LeWMState(NamedTuple):
     hidden: Float[Tensor, "B F"]
 
 
+class LeWMEmbedded(NamedTuple):
+    """What the losses need of a batch beside its states."""
+
+    encoded: Float[Tensor, "B T D"]
+    """The latents as they come out of the encoder."""
+    z: Float[Tensor, "B T D"]
+    """The same as everything else sees them: where gradients end if the graph was cut there."""
+    after: LeWMState
+    """The state predicted to follow each row but the last (B*(T−1),…)."""
+    directions: Float[Tensor, "D M"]
+    """SIGReg's, drawn here so that all that is random in learning the model is drawn before anything else."""
+
+
+class Rollout(NamedTuple):
+    """Open-loop predictions of 1, 2, … steps, one step after the other; R rows in all."""
+
+    spans: list[tuple[int, int]]
+    """(k, n) for each number of steps k: rows k .. k+n−1 of every sequence are what is predicted."""
+    reached: LeWMState
+    """The predicted states (R,…)."""
+    error: Float[Tensor, " R"]
+    """Squared error of each one's latent against its row's."""
+    mask: Float[Tensor, " R"]
+    """1 where that row still belongs to the episode that the prediction started in."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.spans)
+
+    def errors(self, k: int) -> Float[Tensor, " N"]:
+        return self._of(self.error, k)
+
+    def alive(self, k: int) -> Float[Tensor, " N"]:
+        return self._of(self.mask, k)
+
+    def _of(self, x: Tensor, k: int) -> Tensor:
+        streams = len(self.error) // sum(n for _, n in self.spans)
+        before = sum(n for _, n in self.spans[: k - 1])
+        return x[streams * before : streams * (before + self.spans[k - 1][1])]
+
+
 class LeWorldModel(WorldModel):
     """See the module's docstring. ``feat`` is [z, z − z₋₁, z₋₁ − z₋₂, …, h]: the newest latent, how it came to
     move, and the features it was (or would be) predicted from."""
@@ -122,8 +163,9 @@ class LeWorldModel(WorldModel):
         self.predictor: Predictor = predictor
         self.history = predictor.history
         self.feat_dim = config.latent_dim * self.history + predictor.hidden_dim
-        self.reward_head = ScalarHead(self.feat_dim, config.head_units, limit=config.reward_limit)
-        self.cont_head = ContinueHead(self.feat_dim, config.head_units)
+        self.head_trunk = mlp_trunk([self.feat_dim, config.head_units])
+        self.reward_head = ScalarHead(config.head_units, layers=0, limit=config.reward_limit)
+        self.cont_head = ContinueHead(config.head_units, layers=0)
 
     # -- acting and imagining ------------------------------------------------------------------------------------------
 
@@ -170,14 +212,18 @@ class LeWorldModel(WorldModel):
         )
 
     def feat(self, state: LeWMState) -> Float[Tensor, "B F"]:
-        moved = torch.where(state.valid[:, :-1, None], state.z[:, 1:] - state.z[:, :-1], 0.0)
+        moved = (state.z[:, 1:] - state.z[:, :-1]).masked_fill(~state.valid[:, :-1, None], 0.0)
         return torch.cat([state.z[:, -1], moved.flatten(1), state.hidden], -1)
 
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
-        return self.reward_head(feat)
+        return self.reward_head(self.head_trunk(feat))
 
     def cont(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
-        return self.cont_head(feat)
+        return self.cont_head(self.head_trunk(feat))
+
+    def outcome(self, feat: Float[Tensor, "*N F"]) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+        read = self.head_trunk(feat)
+        return self.reward_head(read), self.cont_head(read)
 
     def settled(self, state: LeWMState) -> Bool[Tensor, " B"]:
         return state.valid.all(1)
@@ -209,36 +255,43 @@ class LeWorldModel(WorldModel):
         )
         return now, after
 
-    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], LeWMState, dict[str, Float[Tensor, ""]]]:
-        """Mean losses over rows; see the module's docstring. Rows that follow an episode's end are never predicted."""
-        cfg = self.config
+    def embed(self, batch: Batch, *, cut: bool = False) -> tuple[LeWMState, LeWMEmbedded]:
         b, t = batch.reward.shape
         if t < 2:
             raise ValueError(f"the world model needs sequences of at least 2 rows, got {t}")
         x = self.normaliser(batch.obs.flatten(0, 1))
-        if cfg.shift_pixels:
+        if self.config.shift_pixels:
             # One shift for a whole sequence: shifts between its frames would look like motion.
-            x = random_shift(x.reshape(b, -1, *x.shape[2:]), cfg.shift_pixels).reshape(x.shape)
-        z = self.encoder(x).float()
-        states, after = self.states(batch, z.view(b, t, -1))
-        feats, errors, alive = self._rollout(batch, z.view(b, t, -1), after)
+            x = random_shift(x.reshape(b, -1, *x.shape[2:]), self.config.shift_pixels).reshape(x.shape)
+        encoded = self.encoder(x).float().view(b, t, -1)
+        z = encoded.detach().requires_grad_() if cut else encoded
+        states, after = self.states(batch, z)
+        directions = random_directions(z.shape[-1], self.config.sigreg_directions, device=z.device)
+        return states, LeWMEmbedded(encoded, z, after, directions)
+
+    def backward_encoder(self, embedded: tuple[LeWMState, LeWMEmbedded]) -> None:
+        encoded, z = embedded[1][:2]
+        encoded.backward(z.grad)
+
+    def losses(self, batch: Batch, embedded: tuple[LeWMState, LeWMEmbedded]) -> tuple[Float[Tensor, ""], Metrics]:
+        """Mean losses over rows; see the module's docstring. Rows that follow an episode's end are never predicted."""
+        cfg = self.config
+        states, (_, z, after, directions) = embedded
+        rolled = self._rollout(batch, z, after)
         terms = {
-            "pred_loss": _masked_mean(errors[0], alive[0]),
-            "sigreg_loss": self._sigreg(z.view(b, t, -1)),
+            "pred_loss": _masked_mean(rolled.errors(1), rolled.alive(1)),
+            "sigreg_loss": self._sigreg(z, directions),
         }
         loss = terms["pred_loss"] + cfg.sigreg_weight * terms["sigreg_loss"]
-        if len(errors) > 1 and cfg.rollout_weight:
-            steps = [_masked_mean(error, mask) for error, mask in zip(errors[1:], alive[1:], strict=True)]
-            terms["rollout_loss"] = torch.stack(steps).mean()
+        if rolled.steps > 1 and cfg.rollout_weight:
+            each = [_masked_mean(rolled.errors(k), rolled.alive(k)) for k in range(2, rolled.steps + 1)]
+            terms["rollout_loss"] = torch.stack(each).mean()
             loss = loss + cfg.rollout_weight * terms["rollout_loss"]
         if cfg.reward_weight or cfg.cont_weight:
-            real = self.feat(states)
-            if not cfg.head_gradient:
-                real, feats = real.detach(), [feat.detach() for feat in feats]
-            head_terms = self._head_losses(batch, real, feats, alive)
+            head_terms = self._head_losses(batch, self.feat(states), rolled)
             terms |= head_terms
             loss = loss + cfg.reward_weight * head_terms["reward_loss"] + cfg.cont_weight * head_terms["cont_loss"]
-        return loss, states, {name: value.detach() for name, value in terms.items()}
+        return loss, {name: value.detach() for name, value in terms.items()}
 
     def _remembered(self, is_first: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """Rows whose window is all that acting would have had: full, or cut by an episode's start, not a sample's."""
@@ -247,56 +300,44 @@ class LeWorldModel(WorldModel):
         row = torch.arange(is_first.shape[1], device=is_first.device)
         return (row >= self.history - 1) | is_first.cummax(1).values
 
-    def _sigreg(self, z: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
-        directions = random_directions(z.shape[-1], self.config.sigreg_directions, device=z.device)
+    def _sigreg(self, z: Float[Tensor, "B T D"], directions: Float[Tensor, "D M"]) -> Float[Tensor, ""]:
         return sigreg(z.flatten(0, 1) if self.config.sigreg_sample == "batch" else z.transpose(0, 1), directions)
 
-    def _rollout(self, batch: Batch, z: Tensor, after: LeWMState) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Open-loop predictions 1..rollout steps from every row that has that many behind it.
-
-        Returns, for each step k, the features (B,T_k,F) of the state predicted for rows k.., its squared error (B,T_k)
-        against the row's latent, and whether that row still belongs to the same episode (B,T_k). T_1 is T − 1; for
-        k > 1 it is T − rollout.
-        """
+    def _rollout(self, batch: Batch, z: Float[Tensor, "B T D"], after: LeWMState) -> Rollout:
+        """Open-loop predictions 1..rollout steps from every row that has that many behind it."""
         b, t, _ = z.shape
         steps = min(self.config.rollout, t - 1)
-        feats, errors, alive = [], [], []
+        starts = t - steps
+        # Step 1 is predicted from every row; only those that have all the steps behind them go on.
+        spans = [(1, t - 1), *((k, starts) for k in range(2, steps + 1))]
+        state = LeWMState(*(x.view(b, t - 1, *x.shape[1:])[:, :starts].flatten(0, 1) for x in after))
+        states = [after]
         same = ~batch.is_first
         survive = same[:, 1:] & self._remembered(batch.is_first)[:, :-1]
-        for k in range(1, steps + 1):
-            if k == 1:
-                starts = t - 1
-                predicted = after
-                state = LeWMState(*(x.view(b, t - 1, *x.shape[1:])[:, : t - steps].flatten(0, 1) for x in after))
-            else:
-                starts = t - steps
-                state = self.imagine(state, batch.action[:, k - 1 : k - 1 + starts].flatten(0, 1))
-                predicted = state
-                survive = survive[:, :starts] & same[:, k : k + starts]
-            target = z[:, k : k + starts]
-            feats.append(self.feat(predicted).view(b, starts, -1))
-            errors.append((predicted.z[:, -1].view(b, starts, -1) - target).square().mean(-1))
+        alive = [survive]
+        for k in range(2, steps + 1):
+            state = self.imagine(state, batch.action[:, k - 1 : k - 1 + starts].flatten(0, 1))
+            states.append(state)
+            survive = survive[:, :starts] & same[:, k : k + starts]
             alive.append(survive)
-        return feats, errors, alive
+        reached = LeWMState(*(torch.cat(x) for x in zip(*states, strict=True)))
+        error = (reached.z[:, -1] - _arrivals(z, spans)).square().mean(-1)
+        return Rollout(spans, reached, error, torch.cat([x.flatten() for x in alive]).float())
 
-    def _head_losses(self, batch: Batch, real: Tensor, rolled: list[Tensor], alive: list[Tensor]) -> dict[str, Tensor]:
+    def _head_losses(self, batch: Batch, real: Float[Tensor, "R F"], rolled: Rollout) -> dict[str, Tensor]:
         """Reward and continue losses on real states and on rolled-out ones, each the mean of its rows."""
-        b, t = batch.reward.shape
+        t = batch.reward.shape[1]
         going = 1.0 - batch.is_terminal.float()
         # No action led to an is_first row.
         row = torch.arange(t, device=real.device)
-        known = ~batch.is_first & self._remembered(batch.is_first) & (row > 0)
-        feat = torch.cat([real, *(f.flatten(0, 1) for f in rolled)])
-        spans = [(k + 1, f.shape[1]) for k, f in enumerate(rolled)]
-        reward = torch.cat([batch.reward.flatten(), *(batch.reward[:, k : k + n].flatten() for k, n in spans)])
-        cont = torch.cat([going.flatten(), *(going[:, k : k + n].flatten() for k, n in spans)])
-        mask = torch.cat([known.flatten(), *(a.flatten() for a in alive)]).float()
-        is_real = torch.arange(len(mask), device=mask.device) < b * t
-        weight = torch.where(is_real, mask / mask[: b * t].sum().clamp(min=1), mask / mask[b * t :].sum().clamp(min=1))
-        return {
-            "reward_loss": (weight * self.reward_head.loss(feat, reward)).sum(),
-            "cont_loss": (weight * self.cont_head.loss(feat, cont)).sum(),
-        }
+        known = (~batch.is_first & self._remembered(batch.is_first) & (row > 0)).flatten().float()
+        feat = torch.cat([real, self.feat(rolled.reached)])
+        read = self.head_trunk(feat if self.config.head_gradient else feat.detach())
+        spans = [(0, t), *rolled.spans]
+        reward = self.reward_head.loss(read, _arrivals(batch.reward, spans))
+        cont = self.cont_head.loss(read, _arrivals(going, spans))
+        weight = torch.cat([x / x.sum().clamp(min=1) for x in (known, rolled.mask)])
+        return {"reward_loss": (weight * reward).sum(), "cont_loss": (weight * cont).sum()}
 
     @torch.no_grad()
     def monitors(self, batch: Batch) -> dict[str, float]:
@@ -305,7 +346,7 @@ class LeWorldModel(WorldModel):
         b, t = batch.reward.shape
         z = self.encode(batch.obs.flatten(0, 1)).float()
         _, after = self.states(batch, z.view(b, t, -1))
-        _, errors, alive = self._rollout(batch, z.view(b, t, -1), after)
+        rolled = self._rollout(batch, z.view(b, t, -1), after)
         variance = z.var(0)
         out = {
             "effective_rank": effective_rank(z),
@@ -314,16 +355,20 @@ class LeWorldModel(WorldModel):
             "sigreg": sigreg(z, random_directions(z.shape[1], 256, device=z.device)),
         }
         rows, scale = z.view(b, t, -1), variance.mean().clamp(min=1e-8)
-        for k in sorted({1, len(errors)}):
-            n = errors[k - 1].shape[1]
-            copied = (rows[:, k : k + n] - rows[:, :n]).square().mean(-1)
-            out[f"open_loop_error_{k}"] = _masked_mean(errors[k - 1], alive[k - 1]) / scale
-            out[f"copy_last_error_{k}"] = _masked_mean(copied, alive[k - 1]) / scale
+        for k in sorted({1, rolled.steps}):
+            n = rolled.spans[k - 1][1]
+            copied = (rows[:, k : k + n] - rows[:, :n]).square().mean(-1).flatten()
+            out[f"open_loop_error_{k}"] = _masked_mean(rolled.errors(k), rolled.alive(k)) / scale
+            out[f"copy_last_error_{k}"] = _masked_mean(copied, rolled.alive(k)) / scale
         return {name: float(value) for name, value in out.items()}
 
 
-def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    mask = mask.float()
+def _arrivals(x: Shaped[Tensor, "B T *X"], spans: list[tuple[int, int]]) -> Shaped[Tensor, "R *X"]:
+    """For each span (k, n), one after the other: rows k .. k+n−1 of every sequence."""
+    return torch.cat([x[:, k : k + n].flatten(0, 1) for k, n in spans])
+
+
+def _masked_mean(x: Float[Tensor, " R"], mask: Float[Tensor, " R"]) -> Float[Tensor, ""]:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -48,8 +48,9 @@ class WindowPredictor(nn.Module):
         self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K A"], valid: Bool[Tensor, "B K"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B F"]]:
         newest = z[:, -1]
-        differences = torch.where(valid[:, :-1, None], z[:, 1:] - z[:, :-1], 0.0).flatten(1)
-        actions = torch.where(valid[:, -self.actions :, None], action[:, -self.actions :], 0.0).flatten(1)
+        missing = ~valid[..., None]
+        differences = (z[:, 1:] - z[:, :-1]).masked_fill(missing[:, :-1], 0.0).flatten(1)
+        actions = action[:, -self.actions :].masked_fill(missing[:, -self.actions :], 0.0).flatten(1)
         hidden = self.trunk(torch.cat([newest, differences, actions], -1))
         return newest + self.out(hidden), hidden
 
