@@ -173,6 +173,9 @@ class LeWorldModel(WorldModel):
         moved = torch.where(state.valid[:, :-1, None], state.z[:, 1:] - state.z[:, :-1], 0.0)
         return torch.cat([state.z[:, -1], moved.flatten(1), state.hidden], -1)
 
+    def latent(self, state: LeWMState) -> Float[Tensor, "B D"]:
+        return state.z[:, -1].float()
+
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         return self.reward_head(feat)
 
