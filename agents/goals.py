@@ -47,8 +47,8 @@ class GoalSearchConfig:
     path_weight: float = 0.0
     """Weight of the mean distance of all imagined latents, beside that of the last one. 0: the last alone counts, as
     published."""
-    horizon: int = 10
-    """Planned decisions, H; fewer when fewer are left."""
+    horizon: int = 6
+    """Planned decisions, H, and fewer when fewer are left; keep it within the world model's rollout."""
     replan_every: int = 1
     """Decisions that are carried out of each plan, at most the whole of it."""
     std: float = 1.0

@@ -56,7 +56,7 @@ def amortised_policy(
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     action_dim = data.spaces()[1].shape[0]
-    policy = AmortisedPolicy(model.feat_dim, model.config.latent_dim, action_dim, longest, config).to(device)
+    policy = AmortisedPolicy(model.config.latent_dim, action_dim, longest, config).to(device)
     made_of = {
         "checkpoint": f"{checkpoint.name} {_sum(checkpoint / 'SHA256SUMS')}",
         "data": _sum(data.path / "index.json", data.path / "dataset.json"),
@@ -98,8 +98,7 @@ def _load(policy: AmortisedPolicy, folder: Path, made_of: dict[str, Any]) -> boo
 def hindsight_rows(
     model: LeWorldModel, data: Dataset, episodes: Int64[np.ndarray, " N"], most: int, seed: int
 ) -> HindsightRows:
-    """What ``model`` makes of whole episodes, random ones of ``episodes``: at least one, and no more than ``most`` rows
-    if that is not too few for one."""
+    """Whole episodes as ``model`` encodes them, random ones of ``episodes``: up to ``most`` rows, but at least one."""
     device = next(model.parameters()).device
     order = np.random.default_rng(seed).permutation(episodes)
     lengths = data.spans[order, 2]
@@ -107,12 +106,10 @@ def hindsight_rows(
     parts = []
     with undisturbed(model):
         for stream, first, length in data.spans[chosen]:
-            batch = data.replay.take(np.array([stream]), np.array([first]), int(length))
-            obs = batch.obs[0].split(_AT_ONCE)
-            z = torch.cat([model.encode(part.to(device)).float() for part in obs])
-            states, _ = model.states(type(batch)(*(x.to(device) for x in batch)), z[None])
+            episode = data.replay.take(np.array([stream]), np.array([first]), int(length))
+            z = torch.cat([model.encode(obs.to(device)).float() for obs in episode.obs[0].split(_AT_ONCE)])
             ahead = torch.arange(int(length) - 1, -1, -1, device=device)
-            parts.append(HindsightRows(model.feat(states).float(), z, batch.action[0].to(device), ahead))
+            parts.append(HindsightRows(z, episode.action[0].to(device), ahead))
     return HindsightRows(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 

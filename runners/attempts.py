@@ -180,7 +180,8 @@ def attempt(
     after_decision: Callable[[int], None] = lambda made: None,
     watch: Watch | None = None,
 ) -> Attempts:
-    """Let ``method`` try every goal, as many at once as there are environments.
+    """Let ``method`` try every goal, as many at once as there are environments. Where an episode ends by itself, its
+    goal is decided for to no effect until the others are through.
 
     Args:
         envs: of the dataset's task and settings, observing the state; pictures are drawn where the dataset has some.

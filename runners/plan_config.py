@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -105,6 +106,9 @@ def check(config: PlanConfig) -> None:
     )
     if not config.planner or len(set(config.planner)) < len(config.planner):
         raise ConfigError(f"--planner takes one or more planners, each once; got {' '.join(config.planner) or 'none'}")
+    for flag, file in (("--json", config.json), ("--video", config.video)):
+        if file is not None and (Path(file).is_dir() or any(parent.is_file() for parent in Path(file).parents)):
+            raise ConfigError(f"{flag} {file} cannot be a file there; choose another name")
     for name in config.planner:
         if name != "amortised":
             build_search(config, name)

@@ -197,6 +197,24 @@ def test_the_recorded_actions_reach_every_goal_and_standing_still_reaches_none(r
         env.close()
 
 
+def test_an_episode_that_ends_by_itself_stays_where_it_ended(tmp_path: Path) -> None:
+    """A pole that is not held falls: beyond 0.2 rad the episode is over, and nothing moves it further."""
+    record = ["--task", "mujoco/InvertedPendulum-v5", "--env.obs", "state", "--policy", "random", "--episodes", "6"]
+    assert collect.main([*record, "--out", str(tmp_path / "data")]) == 0
+    data = Dataset(tmp_path / "data")
+    assert data.about is not None
+    envs = [make_env("mujoco/InvertedPendulum-v5", EnvConfig(obs="state")) for _ in range(2)]
+    names = data.about.physics or []
+    match = Match(names, physical_units(envs[0]), ["qpos/hinge"], Tolerance(angle=1e-9))
+    pairs = choose_pairs(data, np.arange(6), match, count=4, apart=1, before=0, seed=0)
+    fallen = attempt(Still(1, 300), pairs, data, envs, match)
+    goal = data.physics[pairs.goal, names.index("qpos/hinge")]
+    assert (fallen.error[:, 0] > 0.2 - np.abs(goal)).all()
+    assert (fallen.error[:, 0] < 0.4 + np.abs(goal)).all()
+    for env in envs:
+        env.close()
+
+
 class Recorder(Point):
     """Stands for a model with pixels: keeps what it observes. Its latent is the picture's mean."""
 
@@ -330,22 +348,22 @@ def test_plans_are_carried_out_then_searched_again_from_what_is_left_and_never_b
 
 
 def walks(episodes: int = 60, length: int = 21) -> HindsightRows:
-    """Random walks of x' = x + 0.3·a. The feature is the latent, and the latent x."""
+    """Random walks of x' = x + 0.3·a, whose latent is x."""
     generator = torch.Generator().manual_seed(3)
     action = 2 * torch.rand(episodes, length, 1, generator=generator) - 1
     x = torch.cat([torch.zeros(episodes, 1, 1), 0.3 * action[:, :-1].cumsum(1)], 1).flatten(0, 1)
     ahead = torch.arange(length - 1, -1, -1).repeat(episodes)
-    return HindsightRows(x, x, action.flatten(0, 1), ahead)
+    return HindsightRows(x, action.flatten(0, 1), ahead)
 
 
 def test_goals_of_hindsight_lie_ahead_in_the_same_episode() -> None:
     """Rows whose latent is their number, in episodes of 3, 1 and 5 rows."""
     row = torch.arange(9.0)[:, None]
-    rows = HindsightRows(row, row, row, torch.tensor([2, 1, 0, 0, 4, 3, 2, 1, 0]))
+    rows = HindsightRows(row, row, torch.tensor([2, 1, 0, 0, 4, 3, 2, 1, 0]))
     found = relabel(rows, 2000, 3, torch.Generator().manual_seed(0))
-    start, goal = found.feat[:, 0].long(), found.goal[:, 0].long()
+    start, goal = found.z[:, 0].long(), found.goal[:, 0].long()
     assert torch.equal(goal - start, found.left.long())
-    assert torch.equal(found.action, found.feat)
+    assert torch.equal(found.action, found.z)
     possible = {(s, g) for s, g in [(0, 1), (0, 2), (1, 2)]} | {(s, g) for s in range(4, 8) for g in range(s + 1, 9)}
     assert set(zip(start.tolist(), goal.tolist(), strict=True)) == {(s, g) for s, g in possible if g - s <= 3}
     with pytest.raises(ValueError, match="no episode has two rows"):
@@ -356,7 +374,7 @@ def test_the_amortised_planner_learns_what_is_linear_and_reaches_goals() -> None
     """Of k exchangeable actions that moved x by d in all, each was d / 0.3k on average: that is what it must answer."""
     torch.manual_seed(0)
     rows, settings = walks(), AmortisedConfig(units=64, updates=600, batch=256, lr=3e-3)
-    policy = AmortisedPolicy(1, 1, 1, 8, settings)
+    policy = AmortisedPolicy(1, 1, 8, settings)
     losses = torch.stack(list(learn(policy, rows, settings, torch.Generator().manual_seed(0))))
     assert losses[-50:].mean() < 0.8 * losses[:20].mean()
     x, k = torch.tensor([[-0.5], [0.0], [0.3], [0.5]]), torch.tensor([1.0, 2.0, 4.0, 8.0])
@@ -452,23 +470,19 @@ def test_the_amortised_planner_is_used_again_only_if_made_of_the_same(
     assert torch.equal(first, again)
 
 
-def test_it_learns_from_what_following_the_episodes_tells(recorded: Path, pretrained: Path) -> None:
-    """The rows of an episode, encoded at once, are what observing it frame by frame gives; whole episodes up to a
-    number of rows."""
+def test_it_learns_from_whole_episodes_as_the_model_sees_them(recorded: Path, pretrained: Path) -> None:
     loaded = plan.load(plan_config.parse_args(["--run-dir", str(pretrained), "--data", str(recorded), *CPU]))
     model, data = loaded.model, loaded.data
     rows = hindsight_rows(model, data, np.array([2]), 1, seed=0)
     batch = data.replay.take(np.array([0]), data.spans[[2], 1], 21)
-    state, action = model.initial(1), torch.zeros(1, 2)
+    state, first = model.initial(21), torch.ones(21, dtype=torch.bool)
     with torch.no_grad():
-        for t in range(21):
-            state = model.observe(state, action, batch.obs[:, t], batch.is_first[:, t])
-            action = batch.action[:, t]
-            torch.testing.assert_close(rows.feat[t], model.feat(state)[0], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(rows.z[t], model.latent(state)[0], atol=1e-4, rtol=1e-4)
+        alone = model.latent(model.observe(state, torch.zeros(21, 2), batch.obs[0], first))
+    torch.testing.assert_close(rows.z, alone)
     assert torch.equal(rows.action, batch.action[0])
     assert rows.ahead.tolist() == list(range(20, -1, -1))
-    assert len(hindsight_rows(model, data, np.arange(4), 50, seed=0).z) == 42
+    several = hindsight_rows(model, data, np.arange(4), 50, seed=0)
+    assert several.ahead.tolist() == 2 * rows.ahead.tolist()
 
 
 def without_time(methods: dict[str, Any]) -> dict[str, Any]:
@@ -491,6 +505,8 @@ def without_time(methods: dict[str, Any]) -> dict[str, Any]:
         (["--data", "nowhere"], "there is no dataset in nowhere"),
         (["--run-dir", "nowhere"], "nowhere is not a run"),
         (["--planner", "cem", "cem"], "each once"),
+        (["--json", str(Path(__file__).parent)], "cannot be a file there; choose another name"),
+        (["--video", f"{__file__}/film.mp4"], "film.mp4 cannot be a file there"),
     ],
 )
 def test_a_command_that_cannot_be(
