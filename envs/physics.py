@@ -26,6 +26,14 @@ _WIDTHS = {
 }
 """Positions and velocities of each kind of joint."""
 
+_UNITS = {
+    mujoco.mjtJoint.mjJNT_FREE: (["m"] * 3 + [""] * 4, ["m/s"] * 3 + ["rad/s"] * 3),
+    mujoco.mjtJoint.mjJNT_BALL: ([""] * 4, ["rad/s"] * 3),
+    mujoco.mjtJoint.mjJNT_SLIDE: (["m"], ["m/s"]),
+    mujoco.mjtJoint.mjJNT_HINGE: (["rad"], ["rad/s"]),
+}
+"""Their units; the parts of a quaternion have none."""
+
 
 class NoPhysics(ValueError):
     """The task is not simulated by MuJoCo, so it has no physical state that could be read or set."""
@@ -92,6 +100,19 @@ def physical_names(env: gym.Env) -> list[str]:
             width = _WIDTHS[mujoco.mjtJoint(model.jnt_type[joint])][part]
             names += [f"{kind}/{name}"] if width == 1 else [f"{kind}/{name}[{i}]" for i in range(width)]
     return names + [f"act/{i}" for i in range(model.na)]
+
+
+def physical_units(env: gym.Env) -> list[str]:
+    """The unit of each number of :func:`physical_state`: m, rad, m/s, rad/s, or "" for quaternions and activations. A
+    number in rad is a hinge's angle, the same again after a full turn.
+
+    Raises:
+        NoPhysics: the task is not simulated by MuJoCo.
+    """
+    model, _ = simulation(env)
+    kinds = [_UNITS[mujoco.mjtJoint(kind)] for kind in model.jnt_type]
+    positions, velocities = ([unit for kind in kinds for unit in kind[part]] for part in (0, 1))
+    return [*positions, *velocities, *[""] * model.na]
 
 
 class WithPhysics(gym.Wrapper):

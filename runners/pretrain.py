@@ -31,7 +31,7 @@ from runners.config import Config, ConfigError, build_agent, resolve_device
 from runners.dataset import Dataset, Windows
 from runners.disk import clear_disk_full, replace_file
 from runners.logger import Logger
-from runners.pretrain_config import PretrainConfig, next_command, parse_args, run_config, to_json
+from runners.pretrain_config import SETTINGS, PretrainConfig, next_command, parse_args, run_config, to_json
 from runners.progress import Display
 from runners.run import claim_run, configure_torch, holds_run, load_agent, lock_run
 from runners.train import USER_ERRORS, Meter, StopOnSignal
@@ -42,7 +42,6 @@ from worldmodels.lewm import LeWorldModel
 
 HORIZONS = (1, 2, 4, 8, 15)
 """Steps ahead at which the open-loop error is measured."""
-_SETTINGS = "pretrain.json"
 _FIT_ROWS = 1024
 _MEASURED_BATCHES = 4
 
@@ -82,7 +81,7 @@ class Pretraining:
     def _open(self, opened: ExitStack, *, resumed: bool, quiet: bool) -> None:
         if not resumed:
             claim_run(self.path, self.run)
-            replace_file(self.path / _SETTINGS, to_json(self.config).encode())
+            replace_file(self.path / SETTINGS, to_json(self.config).encode())
         opened.callback(os.close, lock_run(self.path))
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         saved = self.checkpoints.latest() if resumed else None
@@ -265,7 +264,7 @@ def _build(run: Config, data: Dataset, device: torch.device) -> tuple[DreamerAge
 
 def _holds_pretraining(path: Path, config: PretrainConfig, run: Config) -> bool:
     """Whether the folder already holds this very pretraining, to be resumed. Changes nothing."""
-    file = path / _SETTINGS
+    file = path / SETTINGS
     if not file.exists():
         if (path / "config.json").exists():
             raise ConfigError(f"{path} holds a run of runners.train; choose another --run-dir")

@@ -18,6 +18,9 @@ from runners.dataset import Dataset
 from runners.transfer import UNKNOWN_TASK
 from worldmodels.lewm import PAPER, LeWMConfig
 
+SETTINGS = "pretrain.json"
+"""The file in a run's folder that holds them."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:

@@ -26,7 +26,7 @@ def take_world_model(model: LeWorldModel, config: Config, source: Path) -> None:
         CheckpointError: it has no usable checkpoint.
     """
     learned = read_config(source)
-    changed = _other_sight(learned, config)
+    changed = other_sight(learned, config)
     if changed:
         lines = "\n  ".join(changed)
         raise ConfigError(f"--init-from {source} has learned from other observations than these:\n  {lines}")
@@ -52,7 +52,7 @@ def take_world_model(model: LeWorldModel, config: Config, source: Path) -> None:
     model.load_state_dict({**own, **{name: weights[name] for name in body}})
 
 
-def _other_sight(learned: Config, config: Config) -> list[str]:
+def other_sight(learned: Config, config: Config) -> list[str]:
     """What of the settings that shape observations and actions differs, as ``name: theirs → ours``."""
     if learned.task == UNKNOWN_TASK:
         return []

@@ -37,6 +37,9 @@ class Point(WorldModel):
     def feat(self, state: PointState) -> Tensor:
         return state.x
 
+    def latent(self, state: PointState) -> Tensor:
+        return state.x
+
     def reward(self, feat: Tensor) -> Tensor:
         return -feat[..., 0].square()
 

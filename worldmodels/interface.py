@@ -92,6 +92,10 @@ class WorldModel(nn.Module):
         """What the heads, the policy and the critic read."""
         raise NotImplementedError
 
+    def latent(self, state: State) -> Float[Tensor, "B D"]:
+        """The newest latent alone: what the last observation became, or was imagined to become."""
+        raise NotImplementedError
+
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """Expected reward that arrives with this state."""
         raise NotImplementedError

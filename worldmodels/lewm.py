@@ -215,6 +215,9 @@ class LeWorldModel(WorldModel):
         moved = (state.z[:, 1:] - state.z[:, :-1]).masked_fill(~state.valid[:, :-1, None], 0.0)
         return torch.cat([state.z[:, -1], moved.flatten(1), state.hidden], -1)
 
+    def latent(self, state: LeWMState) -> Float[Tensor, "B D"]:
+        return state.z[:, -1].float()
+
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         return self.reward_head(self.head_trunk(feat))
 
