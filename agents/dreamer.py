@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
-
 
 from agents.actor_critic import (
     Critic,
@@ -80,7 +80,7 @@ class DreamerCarry(NamedTuple):
 class Behaviour(NamedTuple):
     """What imagination taught."""
 
-    gradients: dict[str, tuple[Tensor | None, ...]]
+    gradients: Mapping[str, tuple[Tensor | None, ...]]
     """Of each group's parameters, in their order; None where a loss does not depend on one."""
     metrics: dict[str, Tensor]
 
@@ -199,7 +199,7 @@ class DreamerAgent:
         }
         return Behaviour(gradients, metrics)
 
-    def _add_gradients(self, gradients: dict[str, tuple[Tensor | None, ...]]) -> None:
+    def _add_gradients(self, gradients: Mapping[str, tuple[Tensor | None, ...]]) -> None:
         """The critic's meet those from the replayed rows."""
         for name, of_group in gradients.items():
             for parameter, gradient in zip(self.groups[name], of_group, strict=True):
