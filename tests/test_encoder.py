@@ -142,7 +142,6 @@ def dot_finder(contrast: float = 40.0) -> KeypointEncoder:
         encoder.maps.weight.zero_()
         encoder.maps.weight[0, 0, 1, 1] = contrast
         encoder.stem.bias.zero_()
-        encoder.maps.bias.zero_()
     return encoder
 
 

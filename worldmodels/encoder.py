@@ -110,7 +110,8 @@ class KeypointEncoder(nn.Module):
         super().__init__()
         # The weights stay contiguous: fused Adam would pair channels_last ones wrongly with moments from a checkpoint.
         self.stem = nn.Conv2d(obs_shape[0], config.stem, 8, 4)
-        self.maps = nn.Conv2d(config.stem, config.keypoints, 3, 1, padding=1)
+        # A softmax over positions does not see what is added to all of them.
+        self.maps = nn.Conv2d(config.stem, config.keypoints, 3, 1, padding=1, bias=False)
         self.log_sharpness = nn.Parameter(torch.full((config.keypoints,), math.log(config.sharpness)))
         with torch.no_grad():
             height, width = self.stem(torch.zeros(1, *obs_shape)).shape[-2:]
@@ -126,12 +127,11 @@ class KeypointEncoder(nn.Module):
 
     def positions(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N 2 P"]:
         """Across and down, in [-3, 3], of each keypoint."""
-        sharpness = self.log_sharpness.exp()
         # The maps come out of their convolution sharpened, which spares three passes over them.
-        weight, bias = self.maps.weight * sharpness.view(-1, 1, 1, 1), self.maps.bias * sharpness
+        weight = self.maps.weight * self.log_sharpness.exp().view(-1, 1, 1, 1)
         # channels_last is faster from the second convolution on; of three channels it is slower.
         y = self.stem(x).contiguous(memory_format=torch.channels_last)
-        maps = F.conv2d(F.relu(y), weight, bias, padding=1)
+        maps = F.conv2d(F.relu(y), weight, padding=1)
         # In float32: bfloat16 would round positions to a fraction of a pixel.
         with torch.autocast(x.device.type, enabled=False):
             logits = maps.permute(0, 2, 3, 1).flatten(1, 2).float()
