@@ -101,8 +101,8 @@ class VectorEnv(gym.vector.VectorEnv):
         else:
             for index in range(self.num_envs):
                 self._slots.append(LocalSlot(task, config, index))
-            self.metadata["render_fps"] = self._slots[0].render_fps / action_repeat_of(task, config)
         first: Slot = self._slots[0]
+        self.metadata["render_fps"] = first.render_fps / action_repeat_of(task, config)
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)

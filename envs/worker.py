@@ -92,6 +92,8 @@ class Slot(Protocol):
 
     observation_space: gym.Space
     action_space: gym.Space
+    render_fps: float
+    """Simulator steps a second of real time."""
 
     def attach(self, buffer: ObservationBuffer) -> None:
         """Says where observations go. Once, before the first command."""
@@ -130,7 +132,7 @@ class LocalSlot:
         self._task, self._config, self._index = task, config, index
         self._env = make_env(task, config)
         self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
-        self.render_fps = float(self._env.metadata.get("render_fps", 30))
+        self.render_fps = render_fps(self._env)
         """Simulator steps in a second of simulated time."""
         self._command: Restore | Step | None = None
 
@@ -167,9 +169,10 @@ class _Setup(NamedTuple):
     num_envs: int
 
 
-class _Spaces(NamedTuple):
-    observation: gym.Space
-    action: gym.Space
+class _Built(NamedTuple):
+    observation_space: gym.Space
+    action_space: gym.Space
+    render_fps: float
 
 
 class _Failure(NamedTuple):
@@ -187,6 +190,7 @@ class ProcessSlot:
 
     observation_space: gym.Space
     action_space: gym.Space
+    render_fps: float
 
     def __init__(self, task: str, config: EnvConfig, index: int, num_envs: int, file: int) -> None:
         self._setup, self._file = _Setup(task, config, index, num_envs), file
@@ -235,7 +239,7 @@ class ProcessSlot:
         answer = self._get()
         if isinstance(answer, _Failure):
             raise answer.error
-        self.observation_space, self.action_space = answer
+        self.observation_space, self.action_space, self.render_fps = answer
         self._connected = True
 
     def attach(self, buffer: ObservationBuffer) -> None:
@@ -275,6 +279,11 @@ class ProcessSlot:
             self._process.wait()
 
 
+def render_fps(env: gym.Env) -> float:
+    """Simulator steps a second of real time; 30 where the environment does not say."""
+    return float(env.metadata.get("render_fps", 30))
+
+
 def shared_file() -> int:
     """Descriptor of a file with no name, in memory where the system can; it goes when its last user does."""
     if hasattr(os, "memfd_create"):
@@ -284,7 +293,7 @@ def shared_file() -> int:
 
 
 def main(pipe_fd: int, file: int) -> None:
-    """The worker's process: builds the environment, says its spaces, obeys until the pipe ends."""
+    """The worker's process: builds the environment, says what it is, obeys until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(pipe_fd)
     env: gym.Env | None = None
@@ -292,7 +301,7 @@ def main(pipe_fd: int, file: int) -> None:
         setup = pipe.recv()
         env = make_env(setup.task, setup.config)
         buffer = ObservationBuffer(env.observation_space, setup.num_envs, file)
-        pipe.send(_Spaces(env.observation_space, env.action_space))
+        pipe.send(_Built(env.observation_space, env.action_space, render_fps(env)))
         while True:
             pipe.send(_handle(env, pipe.recv(), buffer, setup.place))
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -184,6 +184,14 @@ def test_several_environments_share_the_train_ratio(tmp_path: Path) -> None:
     assert Replay.open(tmp_path / "replay").streams == 2
 
 
+def test_processes_that_draw_pictures_train_evaluate_and_are_filmed(tmp_path: Path) -> None:
+    """The default of a user's run: several environments, and those of the evaluation, each a process."""
+    result = train(config(tmp_path, TINY, num_envs=2, env_steps=480, loop__eval_every=480), quiet=True)
+    assert result is not None
+    assert len(result.returns) == 3
+    assert (tmp_path / "videos" / "evaluation.mp4").exists()
+
+
 @pytest.mark.parametrize(("repeat", "lengths"), [(1, [1, 1, 1, 1, 1, 0]), (2, [2, 2, 1, 0]), (4, [4, 1, 0])])
 def test_env_steps_count_simulator_steps(repeat: int, lengths: list[int], tmp_path: Path) -> None:
     """Episodes of five simulator steps, the last action cut short; the row that resets takes none."""

@@ -92,6 +92,7 @@ def test_processes_and_one_process_give_the_same_rows() -> None:
     apart = VectorEnv("dmc/cartpole-swingup", config, 2, seed=3, processes=True)
     here = VectorEnv("dmc/cartpole-swingup", config, 2, seed=3, processes=False)
     assert apart.observation_space == here.observation_space
+    assert apart.metadata == here.metadata
     assert apart.action_space.shape == (2, 1)
     assert same(apart.reset()[0], here.reset()[0])
     for action in actions(14, 2):
