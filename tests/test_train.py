@@ -189,7 +189,7 @@ def test_processes_that_draw_pictures_train_evaluate_and_are_filmed(tmp_path: Pa
     result = train(config(tmp_path, TINY, num_envs=2, env_steps=480, loop__eval_every=480), quiet=True)
     assert result is not None
     assert len(result.returns) == 3
-    assert (tmp_path / "videos" / "evaluation.mp4").exists()
+    assert (tmp_path / "videos" / "final.mp4").exists()
 
 
 @pytest.mark.parametrize(("repeat", "lengths"), [(1, [1, 1, 1, 1, 1, 0]), (2, [2, 2, 1, 0]), (4, [4, 1, 0])])
