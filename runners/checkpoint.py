@@ -9,18 +9,20 @@ A checkpoint is a folder::
         model.safetensors     a module's weights under their own names, one file for each module's state_dict
         tensors.safetensors   all other tensors
 
-Nothing in it can run code when it is loaded.
+or one file, which is an uncompressed zip of these. Nothing in it can run code when it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
 import shutil
+import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,24 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from runners.disk import ASIDE, DiskFull, clear_disk_full, discard_folder, new_folder, write_file
+from runners.disk import ASIDE, DiskFull, clear_disk_full, discard_folder, new_folder, replace_file, write_file
 
-__all__ = ["CheckpointError", "Checkpoints", "DiskFull", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "Checkpoints", "DiskFull", "load_checkpoint", "save_checkpoint", "save_checkpoint_file"]
 
 _LOG = logging.getLogger(__name__)
 
 _VERSION = 1
 _OTHER_TENSORS = "tensors.safetensors"
 _SUMS = "SHA256SUMS"
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    safetensors.SafetensorError,
+    zipfile.BadZipFile,
+)
 
 Nested = Any
 """dicts with str, int, float, bool or None as keys, lists, tuples, tensors, str, int, float, bool, None."""
@@ -139,33 +150,46 @@ def save_checkpoint(path: Path, state: Nested, about: Mapping[str, Any]) -> None
         DiskFull: no room; nothing is left behind.
         TypeError: something that cannot be saved, named by its place in ``state``.
     """
+    with clear_disk_full(path), new_folder(path) as folder:
+        for name, data in _summed(_contents(state, about)):
+            write_file(folder / name, data)
+
+
+def save_checkpoint_file(file: Path, state: Nested, about: Mapping[str, Any]) -> None:
+    """The same as one file, which replaces what is there. Raises what ``save_checkpoint`` does."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in _summed(_contents(state, about)):
+            archive.writestr(zipfile.ZipInfo(name), data)  # without a date: equal states make equal files
+    with clear_disk_full(file):
+        replace_file(file, buffer.getvalue())
+
+
+def _contents(state: Nested, about: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file."""
     files: dict[str, dict[str, Tensor]] = {_OTHER_TENSORS: {}}
     encoded = _encode(state, (), files)
-    with clear_disk_full(path), new_folder(path) as folder:
-        sums = [
-            _write_summed(folder / "meta.json", json.dumps(dict(about), indent=2).encode()),
-            _write_summed(folder / "state.json", json.dumps({"version": _VERSION, "state": encoded}).encode()),
-        ]
-        for name, tensors in files.items():
-            sums.append(_write_summed(folder / name, safetensors.torch.save(tensors)))
-        write_file(folder / _SUMS, "".join(sums).encode())
+    yield "meta.json", json.dumps(dict(about), indent=2).encode()
+    yield "state.json", json.dumps({"version": _VERSION, "state": encoded}).encode()
+    for name, tensors in files.items():
+        yield name, safetensors.torch.save(tensors)
 
 
 def load_checkpoint(path: Path) -> tuple[Nested, dict[str, Any]]:
-    """The state, its tensors on the CPU, and ``about``.
+    """The state, its tensors on the CPU, and ``about``, of a folder or of one file.
 
     Raises:
-        CheckpointError: missing, truncated or altered files, or another version.
+        CheckpointError: missing, truncated or altered files, or another version; a file of something else.
     """
     path = Path(path)
     try:
-        contents = _read_summed(path)
+        contents = _read_summed(path if path.is_dir() else _open_file(path))
         about, document = json.loads(contents.pop("meta.json")), json.loads(contents.pop("state.json"))
         if document["version"] != _VERSION:
             raise CheckpointError(f"checkpoint {path} is of version {document['version']}, not {_VERSION}")
         files = {name: safetensors.torch.load(data) for name, data in contents.items()}
         return _decode(document["state"], files), about
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
 
 
@@ -232,13 +256,26 @@ def _decode(value: Any, files: dict[str, dict[str, Tensor]]) -> Nested:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _write_summed(file: Path, data: bytes) -> str:
-    """Write and sync; the line of SHA256SUMS for it."""
-    write_file(file, data)
-    return f"{hashlib.sha256(data).hexdigest()}  {file.name}\n"
+def _summed(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """The files, and SHA256SUMS after them."""
+    sums = ""
+    for name, data in files:
+        sums += f"{hashlib.sha256(data).hexdigest()}  {name}\n"
+        yield name, data
+    yield _SUMS, sums.encode()
 
 
-def _read_summed(folder: Path) -> dict[str, bytes]:
+def _open_file(file: Path) -> zipfile.Path:
+    """Raises BadZipFile; CheckpointError for the archive of another program."""
+    archive = zipfile.ZipFile(io.BytesIO(file.read_bytes()))
+    if _SUMS not in archive.namelist():
+        raise CheckpointError(f"{file} was not saved by this program: it has no {_SUMS}")
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in archive.infolist()):
+        raise CheckpointError(f"{file} was changed by another program: it is compressed or encrypted")
+    return zipfile.Path(archive)
+
+
+def _read_summed(folder: Path | zipfile.Path) -> dict[str, bytes]:
     """The files that SHA256SUMS lists, each as its sum says."""
     contents = {}
     for line in (folder / _SUMS).read_text("ascii").splitlines():

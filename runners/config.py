@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -126,17 +126,53 @@ def parse_args(args: Sequence[str]) -> Config:
         ConfigError: an unknown preset.
     """
     choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
-    name = choice.preset
-    if name == "auto":
-        cuda = choice.device == "cuda" or (choice.device == "auto" and torch.cuda.is_available())
-        name = "cuda" if cuda else "cpu"
+    default = defaults(choice.preset, choice.device)
+    config = tyro.cli(Config, default=default, args=args, prog="python -m runners.train")
+    return dataclasses.replace(config, preset=default.preset)
+
+
+def defaults(preset: str, device: str) -> Config:
+    """The preset of this name; ``auto`` is that of the device.
+
+    Raises:
+        ConfigError: an unknown preset; says the closest.
+    """
+    if preset == "auto":
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        preset = "cuda" if cuda else "cpu"
     table = presets()
-    if name not in table:
-        close = difflib.get_close_matches(name, table, n=3, cutoff=0.3)
-        hint = f" The closest: {', '.join(close)}." if close else ""
-        raise ConfigError(f"there is no preset {name!r}.{hint} The presets: auto, {', '.join(table)}.")
-    config = tyro.cli(Config, default=table[name], args=args, prog="python -m runners.train")
-    return dataclasses.replace(config, preset=name)
+    if preset not in table:
+        hint = _closest(preset, table)
+        raise ConfigError(f"there is no preset {preset!r}.{hint} The presets: auto, {', '.join(table)}.")
+    return dataclasses.replace(table[preset], preset=preset)
+
+
+def adjust(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The configuration with some fields changed, each named by its place in the tree: ``{"dreamer.horizon": 8}``.
+
+    Raises:
+        ConfigError: no such field, with the closest; a value of another type, or an impossible one.
+    """
+    known = _flat(dataclasses.asdict(config))
+    tree = dataclasses.asdict(config)
+    for name, value in settings.items():
+        field_name = name.replace("-", "_")
+        if field_name not in known:
+            raise ConfigError(f"there is no setting {name!r}.{_closest(field_name, known)}")
+        *parents, leaf = field_name.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch[parent]
+        branch[leaf] = value
+    try:
+        return _from_dict(Config, tree)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
+    return f" The closest: {', '.join(close)}." if close else ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +198,21 @@ def check(config: Config) -> None:
         envs.UnknownTask: no such task.
     """
     resolve_task(config.task)
+    check_numbers(config)
+    loop = config.loop
+    repeat = action_repeat_of(config.task, config.env)
+    rows = loop.prefill // (repeat * config.num_envs)
+    if config.agent != "random" and rows < loop.length:
+        raise ConfigError(
+            f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at "
+            f"action repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; change one of them"
+        )
+    if loop.prefill > config.env_steps and config.agent != "random":
+        raise ConfigError(f"--loop.prefill {loop.prefill} is beyond the whole budget, --env-steps {config.env_steps}")
+
+
+def check_numbers(config: Config) -> None:
+    """The part of :func:`check` that holds for any task and any budget. Raises ConfigError."""
     loop = config.loop
     at_least: list[tuple[str, float, float]] = [
         ("--env-steps", config.env_steps, 1),
@@ -191,15 +242,6 @@ def check(config: Config) -> None:
     ]
     refuse_below(at_least)
     _check_model_and_agent(config)
-    repeat = action_repeat_of(config.task, config.env)
-    rows = loop.prefill // (repeat * config.num_envs)
-    if config.agent != "random" and rows < loop.length:
-        raise ConfigError(
-            f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at "
-            f"action repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; change one of them"
-        )
-    if loop.prefill > config.env_steps and config.agent != "random":
-        raise ConfigError(f"--loop.prefill {loop.prefill} is beyond the whole budget, --env-steps {config.env_steps}")
 
 
 def _check_model_and_agent(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,7 +103,7 @@ class Collector:
             "envs": self.envs.get_state(),
             "row": {name: torch.as_tensor(value) for name, value in self._row.items()},
             "running_return": torch.as_tensor(self._running_return),
-            "carry": None if self._carry is None else _flatten(self._carry),
+            "carry": None if self._carry is None else flatten(self._carry),
             "env_steps": self.env_steps,
             "agent_steps": self.agent_steps,
         }
@@ -115,21 +116,22 @@ class Collector:
         self._carry = state["carry"]
         if self._carry:  # what acts in the prefill remembers nothing
             like = agent.initial(self.num_envs)
-            self._carry = _unflatten(like, iter(state["carry"]))
+            self._carry = unflatten(like, iter(state["carry"]))
         self.env_steps, self.agent_steps = state["env_steps"], state["agent_steps"]
 
 
-def _flatten(carry: Any) -> list[torch.Tensor]:
+def flatten(carry: Any) -> list[torch.Tensor]:
     """The tensors of nested tuples, in order."""
     if isinstance(carry, torch.Tensor):
         return [carry]
-    return [tensor for part in carry for tensor in _flatten(part)]
+    return [tensor for part in carry for tensor in flatten(part)]
 
 
-def _unflatten(like: Any, tensors: Any) -> Any:
+def unflatten(like: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The inverse: ``tensors`` in nested tuples like these, on their device."""
     if isinstance(like, torch.Tensor):
         return next(tensors).to(like.device)
-    parts = [_unflatten(part, tensors) for part in like]
+    parts = [unflatten(part, tensors) for part in like]
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
 

@@ -124,6 +124,11 @@ class Run:
         take_world_model(model, self.config, source)
 
     @property
+    def progress(self) -> float:
+        """The part of the budget that is used."""
+        return self.collector.env_steps / self.config.env_steps
+
+    @property
     def frame_rate(self) -> float:
         """Agent steps in a second of simulated time, for videos at real speed."""
         return float(self.eval_envs.metadata["render_fps"])

@@ -13,18 +13,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from agents.interface import NonFiniteLoss
+from agents.interface import Agent, NonFiniteLoss
+from agents.random import RandomAgent
 from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
 from envs.vector import WorkerFailure
 from runners.checkpoint import CheckpointError, DiskFull
 from runners.config import Config, ConfigError, parse_args
 from runners.disk import clear_disk_full
 from runners.logger import read_rows, write_video
-from runners.replay import ReplayError
+from runners.replay import Replay, ReplayError
 from runners.rollout import Evaluation, evaluate
 from runners.run import EVALUATION_SEED, Run
 from runners.viewer import CONTEXT
@@ -51,22 +53,12 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
     """
     loop = config.loop
     with clear_disk_full(Path(config.run_dir)), Run(config, quiet=quiet) as run, StopOnSignal() as stop:
-        collector, agent, log = run.collector, run.agent, run.logger
+        collector, log = run.collector, run.logger
         meter = Meter()
         newest: Evaluation | None = None
         while collector.env_steps < config.env_steps and not stop.asked:
-            before = collector.agent_steps
-            collector.step(agent if run.learning else run.prefiller)
-            if not run.learning:
-                if collector.env_steps >= loop.prefill:
-                    start_learning(run)
+            if not advance(run, meter):
                 continue
-            run.credit += (collector.agent_steps - before) * loop.train_ratio / (loop.batch * loop.length)
-            agent.anneal(collector.env_steps / config.env_steps)
-            while run.credit >= 1:
-                meter.add(agent.update(run.replay.sample(loop.batch, loop.length, run.generator)))
-                run.credit -= 1
-                run.updates += 1
             if collector.returns:
                 run.last_return = float(np.mean(collector.returns))
             log.progress(
@@ -87,7 +79,59 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
         return finish(run, newest)
 
 
-def start_learning(run: Run) -> None:
+class Steps(Protocol):
+    """What collects rows: ``rollout.Collector``, or ``vecenv.VecEnvCollector``."""
+
+    env_steps: int
+    agent_steps: int
+    returns: list[float]
+
+    def step(self, agent: Agent) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+class Learner(Protocol):
+    """What the loop drives: a :class:`Run`, or a model behind Stable-Baselines3's API. Run says what each part is."""
+
+    config: Config
+    agent: Agent
+    prefiller: RandomAgent
+    generator: np.random.Generator
+    updates: int
+    credit: float
+    learning: bool
+
+    @property
+    def replay(self) -> Replay: ...
+
+    @property
+    def collector(self) -> Steps: ...
+
+    @property
+    def progress(self) -> float: ...
+
+
+def advance(run: Learner, meter: Meter) -> bool:
+    """One agent step in every environment, and the updates that it pays for; their metrics go into ``meter``. Whether
+    there was learning: not in the prefill."""
+    collector, agent, loop = run.collector, run.agent, run.config.loop
+    before = collector.agent_steps
+    collector.step(agent if run.learning else run.prefiller)
+    if not run.learning:
+        if collector.env_steps >= loop.prefill and run.replay.rows_per_stream >= loop.length:
+            start_learning(run)
+        return False
+    run.credit += (collector.agent_steps - before) * loop.train_ratio / (loop.batch * loop.length)
+    agent.anneal(run.progress)
+    while run.credit >= 1:
+        meter.add(agent.update(run.replay.sample(loop.batch, loop.length, run.generator)))
+        run.credit -= 1
+        run.updates += 1
+    return True
+
+
+def start_learning(run: Learner) -> None:
     """The prefill is over: fit what is fitted once, unless it came with the world model, and learn from the rows before
     the policy acts."""
     loop = run.config.loop
@@ -100,7 +144,12 @@ def start_learning(run: Run) -> None:
 
 
 def record(run: Run, meter: Meter) -> None:
-    """One row of metrics: the losses' means since the last row, episodes, counters, and the collapse monitors."""
+    """One row of metrics."""
+    run.logger.metrics(figures(run, meter), env_steps=run.collector.env_steps)
+
+
+def figures(run: Learner, meter: Meter) -> dict[str, float]:
+    """The losses' means and the episodes since the last call, counters, and the collapse monitors."""
     loop, returns = run.config.loop, run.collector.returns
     values = meter.means()
     if returns:
@@ -109,7 +158,7 @@ def record(run: Run, meter: Meter) -> None:
     batch = run.replay.sample(loop.batch, loop.length, np.random.default_rng(run.updates))
     values |= {f"monitor/{name}": value for name, value in run.agent.monitors(batch).items()}
     values |= {"updates": run.updates, "agent_steps": run.collector.agent_steps, "replay_rows": len(run.replay)}
-    run.logger.metrics(values, env_steps=run.collector.env_steps)
+    return values
 
 
 def assess(run: Run) -> Evaluation:
