@@ -107,6 +107,8 @@ class Algorithm(BaseAlgorithm):
             config = replace(defaults(preset, settings.get("device", "auto")), num_envs=1)
         config = replace(adjust(config, settings), task=task_name(env), agent=self.agent_name)
         check_numbers(config)
+        if config.init_from is not None:
+            raise ConfigError("init_from is for python -m runners.train only; here, go on with a saved model by load")
         vec_env = as_vec_env(env, config, verbose=verbose)
         spaces = boxes(vec_env.observation_space, vec_env.action_space)
         self._set_up(config, vec_env, *spaces, verbose, tensorboard_log)

@@ -422,6 +422,7 @@ def test_an_environment_that_cannot_be_learned(env: Any, error: type[Exception],
         ({"dreamer.horizon": 0}, "--dreamer.horizon is 0, but must be at least 1"),
         ({"env.size": 4}, "size must be 8 to 1024 pixels, not 4"),
         ({"preset": "cpuu"}, "there is no preset 'cpuu'. The closest: cpu"),
+        ({"init_from": "runs/other"}, "init_from is for python -m runners.train only"),
     ],
 )
 def test_a_setting_that_does_not_exist_or_fit(settings: dict[str, Any], says: str) -> None:
