@@ -83,6 +83,9 @@ class Config:
     """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
+    profile: int = 0
+    """Updates to trace with PyTorch's profiler, after ten that are not, into profile/ in the run's folder; 0: none. Only
+    this start of the program does it, so a run may be resumed with another number."""
     init_from: str | None = None
     """Folder of a run, as of runners.pretrain, whose encoder, normaliser and predictor this one starts with."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -219,6 +222,7 @@ def check_numbers(config: Config) -> None:
         ("--seed", config.seed, 0),
         ("--num-envs", config.num_envs, 1),
         ("--threads", config.threads, 0),
+        ("--profile", config.profile, 0),
         ("--loop.batch", loop.batch, 1),
         ("--loop.length", loop.length, 2),
         ("--loop.pretrain", loop.pretrain, 0),
@@ -400,10 +404,14 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"{file} cannot be used: {error}") from error
 
 
+_NOT_THE_RUN = ("run_dir", "profile")
+"""Fields that change nothing of what is learned."""
+
+
 def differences(old: Config, new: Config) -> list[str]:
-    """``field: old → new`` for every field that differs, leaving out where the run lies."""
+    """``field: old → new`` for every field that differs, leaving out where the run lies and what is only watched."""
     before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    changed = [name for name in before if name != "run_dir" and before[name] != after[name]]
+    changed = [name for name in before if name not in _NOT_THE_RUN and before[name] != after[name]]
     return [f"{name}: {before[name]} → {after[name]}" for name in changed]
 
 

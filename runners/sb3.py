@@ -109,6 +109,8 @@ class Algorithm(BaseAlgorithm):
         check_numbers(config)
         if config.init_from is not None:
             raise ConfigError("init_from is for python -m runners.train only; here, go on with a saved model by load")
+        if config.profile:
+            raise ConfigError("profile is for python -m runners.train only; here, put torch.profiler around learn")
         vec_env = as_vec_env(env, config, verbose=verbose)
         spaces = boxes(vec_env.observation_space, vec_env.action_space)
         self._set_up(config, vec_env, *spaces, verbose, tensorboard_log)

@@ -26,6 +26,7 @@ from runners.checkpoint import CheckpointError, DiskFull
 from runners.config import Config, ConfigError, parse_args
 from runners.disk import clear_disk_full
 from runners.logger import read_rows, write_video
+from runners.profiling import Trace
 from runners.replay import Replay, ReplayError
 from runners.rollout import Evaluation, evaluate
 from runners.run import EVALUATION_SEED, Run
@@ -52,13 +53,19 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
     Raises one of ``USER_ERRORS``; what was saved before stays as it was.
     """
     loop = config.loop
-    with clear_disk_full(Path(config.run_dir)), Run(config, quiet=quiet) as run, StopOnSignal() as stop:
+    with (
+        clear_disk_full(Path(config.run_dir)),
+        Run(config, quiet=quiet) as run,
+        StopOnSignal() as stop,
+        Trace(run.path, config.profile, run.device, run.logger.message) as trace,
+    ):
         collector, log = run.collector, run.logger
         meter = Meter()
         newest: Evaluation | None = None
         while collector.env_steps < config.env_steps and not stop.asked:
             if not advance(run, meter):
                 continue
+            trace.follow(run.updates)
             if collector.returns:
                 run.last_return = float(np.mean(collector.returns))
             log.progress(

@@ -67,12 +67,13 @@ COUNTING = TINY | {
     "env.obs": "state",
     "env.time-limit": None,
     "env-steps": 120,
+    "loop.train-ratio": 12,  # three updates for eight agent steps: parts of updates are owed at most moments
     "loop.prefill": 40,
     "loop.log-every": 10,
     "loop.eval-every": 40,
     "loop.checkpoint-every": 30,
 }
-"""The same learner on the counting environment: a run of a second."""
+"""The same learner on the counting environment, with 34 updates: a run of a second, or a few with checked shapes."""
 
 
 def flags(run_dir: Path, settings: dict[str, Any], **changes: Any) -> list[str]:
