@@ -51,6 +51,7 @@ def _add_band(figure: go.Figure, curve: Band, look: Look, agent: str, seeds: int
             go.Scatter(
                 x=np.concatenate([x, x[::-1]]),
                 y=np.concatenate([curve.high[whole], curve.low[whole][::-1]]),
+                mode="lines",
                 fill="toself",
                 fillcolor=_faint(look.colour),
                 line={"width": 0},
@@ -128,7 +129,7 @@ def aggregates(content: Content, one: Aggregates, name: str) -> str:
             )
     figure.update_xaxes(range=[-0.03, 1.03], dtick=0.25)
     figure.update_yaxes(categoryorder="array", categoryarray=agents)
-    return _div(figure, name, 130 + 34 * len(agents))
+    return _div(figure, name, 110 + 34 * len(agents), tools=False)
 
 
 TITLES = ("IQM, higher is better", "median, higher", "mean, higher", "optimality gap, lower")
@@ -141,7 +142,6 @@ def profiles(content: Content, one: Aggregates, name: str) -> str:
     for agent, curve in one.profiles.items():
         seeds = len(one.block.seeds[agent])
         _add_band(figure, curve, content.looks[agent], agent, seeds, "normalised score", 1)
-    figure.update_traces(line_shape="hv", selector={"fill": None})
     figure.update_xaxes(title="normalised score τ", range=[0, 1])
     figure.update_yaxes(title="share of runs with a score above τ", range=[-0.02, 1.02])
     for trace in figure.data:
@@ -162,7 +162,7 @@ def improvements(content: Content, one: Aggregates, name: str) -> str:
     figure.add_vline(x=0.5, line={"color": "#8a949e", "dash": "dash", "width": 1})
     figure.update_xaxes(title="probability of improvement", range=[-0.03, 1.03], dtick=0.25)
     figure.update_yaxes(categoryorder="array", categoryarray=labels)
-    return _div(figure, name, 110 + 26 * len(pairs))
+    return _div(figure, name, 110 + 26 * len(pairs), tools=False)
 
 
 def _interval_mark(estimate: Sequence[float], row: str, colour: str, hollow: bool, text: str) -> go.Scatter:
@@ -172,7 +172,11 @@ def _interval_mark(estimate: Sequence[float], row: str, colour: str, hollow: boo
         x=[value],
         y=[row],
         mode="markers",
-        marker={"color": colour, "size": 11, "symbol": "circle-open" if hollow else "circle", "line": {"width": 2.4}},
+        marker={
+            "color": "white" if hollow else colour,
+            "size": 10,
+            "line": {"width": 2.4, "color": colour},
+        },
         error_x={
             "type": "data",
             "symmetric": False,
@@ -196,7 +200,8 @@ def _faint(colour: str) -> str:
     return f"rgba({red},{green},{blue},0.15)"
 
 
-def _div(figure: go.Figure, name: str, height: float) -> str:
+def _div(figure: go.Figure, name: str, height: float, tools: bool = True) -> str:
+    """``tools`` to zoom and to save show while the pointer is there."""
     figure.update_layout(
         template="none",
         height=height,
@@ -207,12 +212,20 @@ def _div(figure: go.Figure, name: str, height: float) -> str:
         hoverlabel={"namelength": -1},
         legend={"tracegroupgap": 0, "font": {"size": 12}, "y": 1, "yanchor": "top"},
     )
+    figure.update_annotations(font_size=13)
+    for axes in (figure.update_xaxes, figure.update_yaxes):
+        axes(title_font_size=13, tickfont_size=12)
     figure.update_xaxes(gridcolor=_GRID, zeroline=False, linecolor="#9aa3ab", ticks="outside", tickcolor="#9aa3ab")
     figure.update_yaxes(gridcolor=_GRID, zeroline=False, linecolor="#9aa3ab", automargin=True)
     html: str = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
         div_id=name,
-        config={"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
+        config={
+            "responsive": True,
+            "displaylogo": False,
+            "displayModeBar": "hover" if tools else False,
+            "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"],
+        },
     )
     return html

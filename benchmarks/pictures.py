@@ -78,7 +78,7 @@ def _dress(axis: Axes, title: str, one: TaskCurves) -> None:
         axis.set_ylim(*DMC_LIMITS)
 
 
-def _draw_band(axis: Axes, curve: Band, look: Look, label: str, step: bool = False) -> None:
+def _draw_band(axis: Axes, curve: Band, look: Look, label: str) -> None:
     """The mean over all seeds, its band, and, dotted, the mean over those that went further."""
     whole, beyond = curve.whole, ~curve.whole
     axis.fill_between(
@@ -88,7 +88,6 @@ def _draw_band(axis: Axes, curve: Band, look: Look, label: str, step: bool = Fal
         color=look.colour,
         alpha=0.15,
         linewidth=0,
-        step="post" if step else None,
     )
     axis.plot(
         curve.x[whole],
@@ -98,7 +97,6 @@ def _draw_band(axis: Axes, curve: Band, look: Look, label: str, step: bool = Fal
         linewidth=1.8,
         marker="o" if whole.sum() == 1 else None,
         label=label,
-        drawstyle="steps-post" if step else None,
     )
     if beyond.any():
         start = max(int(np.argmax(beyond)) - 1, 0)
@@ -124,7 +122,7 @@ def profiles(content: Content, one: Aggregates) -> Figure:
     figure = Figure(figsize=(5.6, 3.6), dpi=_DPI, layout="constrained")
     axis = figure.subplots()
     for agent, curve in one.profiles.items():
-        _draw_band(axis, curve, content.looks[agent], agent, step=True)
+        _draw_band(axis, curve, content.looks[agent], agent)
     plain(axis)
     axis.set(xlim=(0, 1), ylim=(-0.02, 1.02))
     axis.set_xlabel(f"return / 1000 (τ) at {count(one.block.env_steps)} env_steps, {_tasks(one)}", fontsize=9)
@@ -147,7 +145,15 @@ def improvements(content: Content, one: Aggregates) -> Figure:
 
 def _draw_intervals(axis: Axes, estimates: Sequence[Estimate], looks: Sequence[Look], rows: Sequence[str]) -> None:
     for y, (estimate, look) in enumerate(zip(estimates, looks, strict=True)):
-        axis.plot([estimate.low, estimate.high], [y, y], color=look.colour, linewidth=4, alpha=0.45, zorder=1)
+        axis.plot(
+            [estimate.low, estimate.high],
+            [y, y],
+            color=look.colour,
+            linewidth=4,
+            alpha=0.45,
+            solid_capstyle="butt",
+            zorder=1,
+        )
         axis.plot(
             estimate.value,
             y,
@@ -162,7 +168,7 @@ def _draw_intervals(axis: Axes, estimates: Sequence[Estimate], looks: Sequence[L
     axis.set_yticks(range(len(rows)), rows, fontsize=9)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(-0.03, 1.03)
-    axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
 
 
 def _tasks(one: Aggregates) -> str:

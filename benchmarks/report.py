@@ -79,9 +79,9 @@ def _check_writable(out: Path) -> None:
 def _write(options: ReportConfig, found: Survey, references: list[Reference], command: str) -> list[Path]:
     try:
         from benchmarks import pictures, report_data, report_html
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # rliable's own imports end in the latter where pandas is 3
         raise ReportError(
-            f"a report needs packages that are not here ({error}); install them with pip install -e '.[report]'"
+            f"a report needs other packages than those here ({error}); get them with pip install -e '.[report]'"
         ) from error
     content = report_data.gather(found, references, options.reps)
     about = _about(options, found, command)

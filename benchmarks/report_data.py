@@ -22,6 +22,7 @@ from benchmarks.statistics import (
     budgets,
     complete_block,
     mean_interval,
+    mean_where_alive,
     scores_at,
 )
 from benchmarks.survey import Survey, short
@@ -42,7 +43,7 @@ class AgentCurve(NamedTuple):
     steps: Band
     """Against thousands of env_steps."""
     minutes: Band
-    """Against minutes of wall-clock time."""
+    """The same against wall-clock time: each point lies where its seeds were on average, in minutes."""
 
 
 class TaskCurves(NamedTuple):
@@ -138,7 +139,8 @@ def _curves(found: Survey, task: str, published: Sequence[Reference], reps: int)
         returns = [np.array([row.mean_return for row in run.rows], np.float64) for run in runs]
         thousands = [np.array([row.env_steps / 1000 for row in run.rows], np.float64) for run in runs]
         minutes = [np.array([row.wall_s / 60 for row in run.rows], np.float64) for run in runs]
-        curves.append(AgentCurve(agent, len(runs), band(thousands, returns, reps), band(minutes, returns, reps)))
+        steps = band(thousands, returns, reps)
+        curves.append(AgentCurve(agent, len(runs), steps, steps._replace(x=mean_where_alive(thousands, minutes))))
     return TaskCurves(task, curves, [one for one in published if f"dmc/{one.task}" == task])
 
 

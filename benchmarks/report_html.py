@@ -15,7 +15,8 @@ from benchmarks.survey import Survey, short
 from runners.report_page import Table, document, list_of, note, table
 
 _HEAD = """<style>main { max-width: 1240px; } h3 { font-size: 1.05rem; margin: 18px 0 0; }
-.plotly-graph-div { background: #fff; border-radius: 8px; } summary { cursor: pointer; color: var(--accent); }</style>
+.plotly-graph-div { background: #fff; border-radius: 8px; } #scores th { white-space: normal; }
+summary { cursor: pointer; color: var(--accent); }</style>
 """
 
 PUBLISHED = (
@@ -34,8 +35,9 @@ AGGREGATED = (
 CURVES = (
     "Lines are means over seeds, each interpolated between its evaluations; bands are 95 % bootstrap intervals of the "
     "mean. Broken lines are agents that see the state. A dotted line goes on over fewer seeds, where others ended or "
-    "are not there yet. Wall-clock time includes evaluations, and says as much about the machine, and what ran beside, "
-    "as about the agent. Click a name to hide it, twice to see it alone; drag to zoom."
+    "are not there yet. Against wall-clock time, the same points lie where their seeds were on average; it includes "
+    "evaluations, and says as much about the machine, and what ran beside, as about the agent. Click a name to hide "
+    "it, twice to see it alone; drag to zoom."
 )
 
 

@@ -137,15 +137,30 @@ def band(xs: Sequence[Float[np.ndarray, " N"]], ys: Sequence[Float[np.ndarray, "
 
     Seeds end at different x. Beyond the end of the first one the mean goes on over the others, without an interval.
     """
-    grid = np.unique(np.concatenate(xs))
-    grid = grid[grid >= max(x[0] for x in xs)]
-    curves = np.array([np.interp(grid, x, y, right=np.nan) for x, y in zip(xs, ys, strict=True)])
-    alive = np.array([grid <= x[-1] for x in xs])
+    grid, alive = _grid(xs)
+    curves = np.array([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)])
     whole = alive.all(0)
-    mean = np.where(alive, curves, 0).sum(0) / alive.sum(0)
-    low, high = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    low, high = np.full_like(grid, np.nan), np.full_like(grid, np.nan)
     _, low[whole], high[whole] = _bootstrap_mean(curves[:, whole], reps)
-    return Band(grid, mean, low, high, whole)
+    return Band(grid, mean_where_alive(xs, ys), low, high, whole)
+
+
+def mean_where_alive(
+    xs: Sequence[Float[np.ndarray, " N"]], ys: Sequence[Float[np.ndarray, " N"]]
+) -> Float[np.ndarray, " M"]:
+    """At every x of :func:`band`, the mean over the seeds that have not ended before it."""
+    grid, alive = _grid(xs)
+    curves = np.array([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)])
+    mean: Float[np.ndarray, " M"] = np.where(alive, curves, 0).sum(0) / alive.sum(0)
+    return mean
+
+
+def _grid(xs: Sequence[Float[np.ndarray, " N"]]) -> tuple[Float[np.ndarray, " M"], Bool[np.ndarray, "seeds M"]]:
+    """Every x of any seed from where all have begun, and which seeds have not ended there."""
+    grid = np.unique(np.concatenate(xs))
+    start = min(max(x[0] for x in xs), max(x[-1] for x in xs))
+    grid = grid[grid >= start]
+    return grid, np.array([grid <= x[-1] for x in xs])
 
 
 def _bootstrap_mean(

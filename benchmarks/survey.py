@@ -258,9 +258,9 @@ def _unequal(found: Survey) -> list[str]:
         notes.append(f"Seeds are unequal: {most} for each agent and task, but {fewer}.")
     if min(some) < FEW_SEEDS:
         notes.append(
-            f"Few seeds: {min(some) if len(some) == 1 else f'{min(some)} to {max(some)}'} for each agent and task. A "
+            f"Few seeds: {' to '.join(map(str, sorted({min(some), max(some)})))} for each agent and task. A "
             f"bootstrap over fewer than {FEW_SEEDS} is too narrow: read bands and intervals as the spread of these "
-            "runs, not as 95 % certainty. There are none for a single seed."
+            "runs, not as 95 % certainty." + (" A single seed has none." if min(some) == 1 else "")
         )
     return notes
 
