@@ -208,7 +208,7 @@ def panels(curves: Sequence[Curve]) -> list[Panel]:
             alike = {other for other in kinds.values() if other[0] == one[0]}
             label = one[0] if len(alike) == 1 else ", ".join(one)
             series.append(Series(label, [_line(curve) for curve in own if kinds[curve] == one]))
-        out.append(Panel(task, subtitle(own), series))
+        out.append(Panel(task, _subtitle(own), series))
     return out
 
 
@@ -223,7 +223,7 @@ def _line(curve: Curve) -> Line:
     return Line(*table.T)
 
 
-def subtitle(curves: Sequence[Curve]) -> str:
+def _subtitle(curves: Sequence[Curve]) -> str:
     """Seeds, rendering and action repeat, each if it is the same for all."""
     seeds = {curve.config.seed for curve in curves}
     said = [f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {min(seeds)}"]

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.plot import DMC_LIMITS, draw_references, legend, plain
-from benchmarks.report_data import Content, Look, TaskCurves, count, steps_shown
+from benchmarks.report_data import Content, Look, TaskCurves, count, seeds_said, steps_shown
 from benchmarks.statistics import AGGREGATES, Aggregates, Band, Estimate
 from benchmarks.survey import short
 
@@ -70,10 +70,8 @@ def learning_curves(content: Content, against: Literal["env_steps", "wall_time"]
 
 def _dress(axis: Axes, title: str, one: TaskCurves) -> None:
     plain(axis)
-    seeds = {curve.seeds for curve in one.curves}
-    said = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     axis.set_title(title, fontsize=10, fontweight="bold", loc="left")
-    axis.set_title(f"{said} {'seed' if seeds == {1} else 'seeds'}", fontsize=8, color="0.4", loc="right")
+    axis.set_title(seeds_said(one), fontsize=8, color="0.4", loc="right")
     if one.task.startswith("dmc/"):
         axis.set_ylim(*DMC_LIMITS)
 

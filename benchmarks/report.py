@@ -109,7 +109,7 @@ def _about(options: ReportConfig, found: Survey, command: str) -> dict[str, str]
 
 
 def _markdown(content: Content, title: str, about: dict[str, Any]) -> str:
-    from benchmarks.report_data import aggregate_rows, count, markdown, score_rows
+    from benchmarks.report_data import aggregate_rows, count, markdown, published_rows, score_rows
     from benchmarks.statistics import HOW_SCORES_ARE_READ
 
     parts = [f"# {title}\n", "".join(f"- {name}: {value}\n" for name, value in about.items())]
@@ -119,6 +119,9 @@ def _markdown(content: Content, title: str, about: dict[str, Any]) -> str:
     parts.append(f"Mean over seeds [95 % interval] (seeds). {HOW_SCORES_ARE_READ}\n")
     for budget in content.budgets:
         parts += [f"## Scores at {count(budget)} env_steps\n", markdown(score_rows(content, budget))]
+        known = list(published_rows(content, budget))
+        if known:
+            parts.append(markdown(known))
     for one in content.aggregates:
         left_out = "".join(f"> Not in these aggregates: {text}.\n>\n" for text in one.block.left_out)
         parts += [f"## Aggregates at {count(one.block.env_steps)} env_steps\n", left_out, markdown(aggregate_rows(one))]

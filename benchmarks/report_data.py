@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,6 +144,12 @@ def _curves(found: Survey, task: str, published: Sequence[Reference], reps: int)
     return TaskCurves(task, curves, [one for one in published if f"dmc/{one.task}" == task])
 
 
+def seeds_said(one: TaskCurves) -> str:
+    """How many seeds the agents of a panel have."""
+    counts = sorted({min(curve.seeds for curve in one.curves), max(curve.seeds for curve in one.curves)})
+    return f"{' to '.join(map(str, counts))} {'seed' if counts == [1] else 'seeds'}"
+
+
 def steps_shown(one: TaskCurves) -> float:
     """Thousands of env_steps on the axis: the runs', and at least the first published figure."""
     longest = max(float(curve.steps.x[-1]) for curve in one.curves)
@@ -169,23 +175,28 @@ def interval(estimate: Estimate, digits: int) -> str:
 
 
 def score_rows(content: Content, env_steps: int) -> Iterator[list[str]]:
-    """A table's rows: a header, then each task with every agent's mean, interval and number of seeds, and what was
-    published for that budget."""
-    known_there = {one.label for one in content.published if one.env_steps == env_steps}
-    algorithms = [name for name in dict.fromkeys(one.label for one in content.published) if name in known_there]
-    yield ["task", *content.found.agents, *algorithms]
+    """A table's rows: a header, then each task with every agent's mean, interval and number of seeds."""
+    yield ["task", *content.found.agents]
     for task in content.found.tasks:
         own = {one.agent: one for one in content.scores if (one.task, one.env_steps) == (task, env_steps)}
-        known = {
-            one.label: f"{one.mean_return:.0f}"
-            for one in content.published
-            if (f"dmc/{one.task}", one.env_steps) == (task, env_steps)
-        }
         cells = [
             f"{interval(own[agent].mean, 0)} ({len(own[agent].seeds)})" if agent in own else "–"
             for agent in content.found.agents
         ]
-        yield [short(task), *cells, *(known.get(name, "–") for name in algorithms)]
+        yield [short(task), *cells]
+
+
+def published_rows(content: Content, env_steps: int) -> Iterator[list[str]]:
+    """A table's rows: a header, then what was published for each task and this budget; none where nothing was."""
+    there = [one for one in content.published if one.env_steps == env_steps]
+    labels = [
+        name for name in dict.fromkeys(one.label for one in content.published) if name in {t.label for t in there}
+    ]
+    if labels:
+        yield ["task", *labels]
+    for task in content.found.tasks if labels else []:
+        known = {one.label: f"{one.mean_return:.0f}" for one in there if f"dmc/{one.task}" == task}
+        yield [short(task), *(known.get(name, "–") for name in labels)]
 
 
 def aggregate_rows(one: Aggregates) -> Iterator[list[str]]:
@@ -197,7 +208,7 @@ def aggregate_rows(one: Aggregates) -> Iterator[list[str]]:
         yield [agent, ", ".join(map(str, one.block.seeds[agent])), *cells]
 
 
-def markdown(rows: Iterator[list[str]]) -> str:
+def markdown(rows: Iterable[list[str]]) -> str:
     """A Markdown table."""
     header, *body = rows
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *body]

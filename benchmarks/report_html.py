@@ -8,8 +8,8 @@ from html import escape
 from plotly.offline import get_plotlyjs
 
 from benchmarks import interactive
-from benchmarks.curves import subtitle, training_command
-from benchmarks.report_data import Content, aggregate_rows, count, score_rows
+from benchmarks.curves import training_command
+from benchmarks.report_data import Content, TaskCurves, aggregate_rows, count, published_rows, score_rows, seeds_said
 from benchmarks.statistics import HOW_SCORES_ARE_READ, Aggregates
 from benchmarks.survey import Survey, short
 from runners.report_page import Table, document, list_of, note, table
@@ -96,6 +96,9 @@ def _scores(content: Content) -> str:
     for budget in content.budgets:
         header, *rows = score_rows(content, budget)
         parts += [f"<h3>at {budget:,} env_steps</h3>", table(Table(header, rows))]
+        known = list(published_rows(content, budget))
+        if known:
+            parts.append(table(Table(known[0], known[1:])))
     return "".join(parts)
 
 
@@ -104,13 +107,25 @@ def _curves(content: Content) -> str:
     if content.published:
         parts.append(_soft(PUBLISHED))
     for i, one in enumerate(content.curves):
-        runs = [run for agent in content.found.agents for run in content.found.of(one.task, agent)]
         parts += [
             f"<h3>{escape(short(one.task))}</h3>",
-            _soft(subtitle(runs)),
+            _soft(_conditions(content.found, one)),
             interactive.learning_curves(content, one, f"curves-{i}"),
         ]
     return "".join(parts)
+
+
+def _conditions(found: Survey, one: TaskCurves) -> str:
+    """Seeds, action repeat and rendering of a task's runs; by agent where they are not the same for all."""
+    parts = [seeds_said(one)]
+    for name, of in (("action repeat", lambda row: row.action_repeat), ("rendering", lambda row: row.render)):
+        groups: dict[str, list[str]] = {}
+        for curve in one.curves:
+            values = sorted({str(of(row)) for run in found.of(one.task, curve.agent) for row in run.rows})
+            groups.setdefault(" and ".join(values), []).append(curve.agent)
+        said = [value if len(groups) == 1 else f"{value} ({', '.join(own)})" for value, own in groups.items()]
+        parts.append(f"{name} {', '.join(said)}")
+    return " · ".join(parts)
 
 
 def _aggregates(content: Content, one: Aggregates) -> str:
@@ -140,14 +155,15 @@ def _aggregates(content: Content, one: Aggregates) -> str:
 
 
 def _protocol(content: Content) -> str:
-    found, rows = content.found, []
+    found = content.found
+    rows: list[list[str | int]] = []
     for task in found.tasks:
         for agent in found.agents:
             runs = found.of(task, agent)
             if runs:
                 config, row = runs[0].config, runs[0].rows[-1]
                 every = f"{config.loop.eval_every:,}"
-                protocol = [row.action_repeat, row.render, config.num_envs, row.episodes, every]
+                protocol: list[str | int] = [row.action_repeat, row.render, config.num_envs, row.episodes, every]
                 rows.append([short(task), agent, *protocol, training_command(config)])
     header = ["task", "agent", "action repeat", "rendering", "environments", "episodes", "evaluated every", "command"]
     sources = sorted({one.source for one in content.published})

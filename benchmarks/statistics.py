@@ -139,7 +139,7 @@ def band(xs: Sequence[Float[np.ndarray, " N"]], ys: Sequence[Float[np.ndarray, "
     """
     grid, alive = _grid(xs)
     curves = np.array([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)])
-    whole = alive.all(0)
+    whole: Bool[np.ndarray, " M"] = alive.all(axis=0)
     low, high = np.full_like(grid, np.nan), np.full_like(grid, np.nan)
     _, low[whole], high[whole] = _bootstrap_mean(curves[:, whole], reps)
     return Band(grid, mean_where_alive(xs, ys), low, high, whole)
@@ -172,8 +172,7 @@ def _bootstrap_mean(
     if count < 2:
         nothing = np.full_like(mean, np.nan)
         return mean, nothing, nothing
-    drawn = np.random.default_rng(_SEED).integers(count, size=(reps, count))
-    weights = np.stack([(drawn == seed).sum(1) for seed in range(count)], 1) / count
+    weights = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=reps) / count
     low, high = np.percentile(weights @ values, [2.5, 97.5], axis=0)
     return mean, low, high
 
@@ -210,12 +209,13 @@ def complete_block(found: Survey, env_steps: int) -> Block:
     for agent in agents if tasks else []:
         cells = [scores[task, agent] for task in tasks]
         common = sorted(set.intersection(*map(set, cells)))
-        spare = sorted(set.union(*map(set, cells)) - set(common))
+        asked = {key.seed for key in found.wanted if key.agent == agent and key.task in tasks}
+        spare = sorted(asked - set(common))
         if not common:
             left_out.append(f"{agent}: no seed has a score on all of the tasks")
             continue
         if spare:
-            left_out.append(f"{agent}, {_seeds(spare)}: no score on some of the tasks")
+            left_out.append(f"{agent}, {_seeds(spare)}: not every task has a score")
         seeds[agent] = common
     table = {
         agent: np.array([[scores[task, agent][seed] / MAX_RETURN for task in tasks] for seed in own])
@@ -251,7 +251,10 @@ def aggregate(block: Block, reps: int) -> Aggregates:
             agent: {name: Estimate(*map(float, column)) for name, column in zip(AGGREGATES, columns.T, strict=True)}
             for agent, columns in estimates.items()
         },
-        {agent: Band(THRESHOLDS, *rows, np.ones(len(THRESHOLDS), bool)) for agent, rows in profiles.items()},
+        {
+            agent: Band(THRESHOLDS, mean, low, high, np.ones(len(THRESHOLDS), bool))
+            for agent, (mean, low, high) in profiles.items()
+        },
         [Improvement(*pair, Estimate(*map(float, better[pair].ravel()))) for pair in pairs],
     )
 
