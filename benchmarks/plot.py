@@ -224,10 +224,15 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    measured_first = dict(sorted(entries.items(), key=lambda entry: entry[0].endswith("published")))
+
+    def rank(label: str) -> tuple[bool, bool]:
+        """Measured ones first, then what was published from pixels, then from state."""
+        return label.endswith("published"), "from state" in label
+
+    ordered = {label: entries[label] for label in sorted(entries, key=rank)}
     figure.legend(
-        list(measured_first.values()),
-        list(measured_first),
+        list(ordered.values()),
+        list(ordered),
         loc="outside upper left",
         ncols=min(len(entries), int(figure.get_figwidth() / 2)),
         frameon=False,

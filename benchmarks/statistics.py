@@ -139,7 +139,7 @@ def band(xs: Sequence[Float[np.ndarray, " N"]], ys: Sequence[Float[np.ndarray, "
     """
     grid, alive = _grid(xs)
     curves = np.array([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)])
-    whole: Bool[np.ndarray, " M"] = alive.all(axis=0)
+    whole = np.asarray(alive.all(axis=0))
     low, high = np.full_like(grid, np.nan), np.full_like(grid, np.nan)
     _, low[whole], high[whole] = _bootstrap_mean(curves[:, whole], reps)
     return Band(grid, mean_where_alive(xs, ys), low, high, whole)
