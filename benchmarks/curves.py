@@ -45,7 +45,8 @@ class CurvesConfig:
     note: str = ""
     """What else a reader should know; it stands in the JSON and under the picture."""
     reference: Path = REFERENCE
-    """Published figures to draw beside the runs: CSV with task, algorithm, env_steps, mean_return and source."""
+    """Published figures to draw beside the runs: CSV with task, algorithm, env_steps, mean_return and source, and obs
+    where it is state; those of runs that see the same are drawn."""
 
 
 @dataclass(frozen=True)
@@ -198,20 +199,20 @@ def _mean_of_last_three(curve: Curve) -> float | None:
 
 def panels(curves: Sequence[Curve]) -> list[Panel]:
     """One panel for each task, with one series for all runs that differ in seed and length only."""
-    kinds = {curve: _kind(curve.config) for curve in curves}
+    kinds = {curve: kind(curve.config) for curve in curves}
     out = []
     for task in dict.fromkeys(curve.config.task for curve in curves):
         own = [curve for curve in curves if curve.config.task == task]
         series = []
-        for kind in dict.fromkeys(kinds[curve] for curve in own):
-            alike = {other for other in kinds.values() if other[0] == kind[0]}
-            label = kind[0] if len(alike) == 1 else ", ".join(kind)
-            series.append(Series(label, [_line(curve) for curve in own if kinds[curve] == kind]))
+        for one in dict.fromkeys(kinds[curve] for curve in own):
+            alike = {other for other in kinds.values() if other[0] == one[0]}
+            label = one[0] if len(alike) == 1 else ", ".join(one)
+            series.append(Series(label, [_line(curve) for curve in own if kinds[curve] == one]))
         out.append(Panel(task, _subtitle(own), series))
     return out
 
 
-def _kind(config: Config) -> tuple[str, ...]:
+def kind(config: Config) -> tuple[str, ...]:
     """The agent, the preset, and what was changed in it."""
     changes = differences(_base(config), dataclasses.replace(_portable(config), env_steps=_base(config).env_steps))
     return (config.agent, f"{config.preset} preset", *changes)
@@ -259,6 +260,8 @@ def gather(options: CurvesConfig, command: str) -> list[Path]:
         if options.reference.exists() or options.reference != REFERENCE:
             references = read_references(options.reference)
     curves = sorted((read_run(path) for path in options.runs), key=lambda one: (one.config.task, one.config.seed))
+    seen = {curve.config.env.obs for curve in curves}
+    references = [one for one in references if one.obs in seen]
     table, about = (options.out.with_name(options.out.name + suffix) for suffix in (".csv", ".json"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(table, curves)

@@ -16,14 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, which the colour-blind can tell apart."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, which the colour-blind can tell apart; without its yellow, too pale on white."""
 
-PUBLISHED_STYLES = (("o", "--"), ("s", ":"), ("^", "-."), ("D", (0, (5, 1))))
+DMC_LIMITS = (-25.0, 1025.0)
+"""Of an axis of returns of dm_control tasks, which lie in [0, 1000]."""
+
+PUBLISHED_STYLES = (("o", "--"), ("s", ":"), ("^", "-."), ("D", (0, (5, 1))), ("v", (0, (1, 1))), ("P", (0, (3, 2))))
 """Marker and line of each published algorithm; all of them are grey, so that what was measured here stands out."""
 
 _LETTERS_AN_INCH = 17  # of the caption, which nothing else keeps within the picture
-_DMC_LIMITS = (-25.0, 1025.0)  # returns of dm_control tasks lie in [0, 1000]
 
 
 class PlotError(ValueError):
@@ -61,14 +63,23 @@ class Reference:
     """A published figure."""
 
     task: str
+    """Of dm_control, as domain-task."""
+    obs: str
+    """What the algorithm saw: pixels or state."""
     algorithm: str
     env_steps: int
     mean_return: float
     source: str
 
+    @property
+    def label(self) -> str:
+        """What a legend says."""
+        return f"{self.algorithm}{' from state' if self.obs == 'state' else ''}, published"
+
 
 def read_references(path: Path) -> list[Reference]:
-    """Published figures from a CSV with the columns task, algorithm, env_steps, mean_return and source.
+    """Published figures from a CSV with the columns task, algorithm, env_steps, mean_return and source, and maybe obs:
+    pixels, unless it says state.
 
     Raises:
         PlotError: it cannot be read, has not these columns, or has something else than numbers in them.
@@ -77,7 +88,12 @@ def read_references(path: Path) -> list[Reference]:
         with path.open(newline="", encoding="utf-8") as file:
             return [
                 Reference(
-                    row["task"], row["algorithm"], int(row["env_steps"]), float(row["mean_return"]), row["source"]
+                    row["task"],
+                    row.get("obs", "pixels"),
+                    row["algorithm"],
+                    int(row["env_steps"]),
+                    float(row["mean_return"]),
+                    row["source"],
                 )
                 for row in csv.DictReader(file)
             ]
@@ -111,12 +127,14 @@ def draw(path: Path, panels: Sequence[Panel], references: Sequence[Reference], f
     check_format(path)
     labels = list(dict.fromkeys(one.label for panel in panels for one in panel.series))
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    algorithms = list(dict.fromkeys(one.algorithm for one in references))
     same_scale = all(panel.task.startswith("dmc/") for panel in panels)
     figure = Figure(figsize=(max(6.4, 3.3 * len(panels)), 6.4), dpi=150, layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False, sharey="all" if same_scale else "col")
     for panel, upper, lower in zip(panels, axes[0], axes[1], strict=True):
         _title(upper, panel)
-        _draw_references(upper, [one for one in references if one.task == panel.task.partition("/")[2]])
+        own = [one for one in references if one.task == panel.task.partition("/")[2]]
+        draw_references(upper, own, algorithms)
         for series in panel.series:
             lines = series.lines
             _draw_series(upper, [line.env_steps / 1000 for line in lines], lines, colours[series.label], series.label)
@@ -126,12 +144,12 @@ def draw(path: Path, panels: Sequence[Panel], references: Sequence[Reference], f
         upper.set_xlim(0, _end_of_steps(panel, references))
         lower.set_xlim(0, 1.03 * max(line.minutes[-1] for one in panel.series for line in one.lines) or 1)
         if same_scale:
-            upper.set_ylim(*_DMC_LIMITS)
+            upper.set_ylim(*DMC_LIMITS)
     for axis in axes.flat:
-        _plain(axis)
+        plain(axis)
     for axis in axes[:, 0]:
         axis.set_ylabel("evaluation return")
-    _legend(figure, axes.ravel().tolist())
+    legend(figure, axes.ravel().tolist())
     caption = textwrap.wrap(footer, int(figure.get_figwidth() * _LETTERS_AN_INCH))
     if any(len(one.lines) > 1 for panel in panels for one in panel.series):
         caption.insert(0, "thick: mean of the seeds, thin: each seed")
@@ -151,23 +169,29 @@ def _draw_series(axis: Axes, xs: list[np.ndarray], lines: list[Line], colour: st
     )
 
 
-def _draw_references(axis: Axes, references: Sequence[Reference]) -> None:
-    algorithms = list(dict.fromkeys(one.algorithm for one in references))
-    for i, algorithm in enumerate(algorithms):
-        points = sorted((one.env_steps / 1000, one.mean_return) for one in references if one.algorithm == algorithm)
-        marker, style = PUBLISHED_STYLES[i % len(PUBLISHED_STYLES)]
-        grey = str(0.35 + 0.12 * (i % len(PUBLISHED_STYLES)))
-        x, y = zip(*points, strict=True)
+def draw_references(axis: Axes, references: Sequence[Reference], algorithms: Sequence[str]) -> None:
+    """Published figures of one task, against thousands of env_steps. ``algorithms`` are those of all tasks, so that
+    each looks the same everywhere; hollow markers are of those that saw the state."""
+    for label in dict.fromkeys(one.label for one in references):
+        own = sorted((one for one in references if one.label == label), key=lambda one: one.env_steps)
+        i = algorithms.index(own[0].algorithm) % len(PUBLISHED_STYLES)
+        marker, style = PUBLISHED_STYLES[i]
         axis.plot(
-            x,
-            y,
-            color=grey,
+            [one.env_steps / 1000 for one in own],
+            [one.mean_return for one in own],
+            color=str(published_grey(i)),
             linestyle=style,
             linewidth=1.1,
             marker=marker,
             markersize=4.5,
-            label=f"{algorithm}, published",
+            markerfacecolor="white" if own[0].obs == "state" else None,
+            label=label,
         )
+
+
+def published_grey(index: int) -> float:
+    """How light the line of a published algorithm is, by its place: from 0, black, to 1."""
+    return 0.35 + 0.07 * (index % len(PUBLISHED_STYLES))
 
 
 def _end_of_steps(panel: Panel, references: Sequence[Reference]) -> float:
@@ -184,7 +208,8 @@ def _title(axis: Axes, panel: Panel) -> None:
     axis.annotate(panel.subtitle, (0, 1), (0, 7), fontsize=8, color="0.4", **place)
 
 
-def _plain(axis: Axes) -> None:
+def plain(axis: Axes) -> None:
+    """Few lines, quiet ones, and round numbers."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("0.6")
     axis.grid(color="0.92", linewidth=0.8)
@@ -193,16 +218,21 @@ def _plain(axis: Axes) -> None:
     axis.tick_params(colors="0.3", labelsize=8)
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """Every label once, above all panels."""
     entries: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    measured_first = dict(sorted(entries.items(), key=lambda entry: entry[0].endswith("published")))
+
+    def rank(label: str) -> tuple[bool, bool]:
+        """Measured ones first, then what was published from pixels, then from state."""
+        return label.endswith("published"), "from state" in label
+
+    ordered = {label: entries[label] for label in sorted(entries, key=rank)}
     figure.legend(
-        list(measured_first.values()),
-        list(measured_first),
+        list(ordered.values()),
+        list(ordered),
         loc="outside upper left",
         ncols=min(len(entries), int(figure.get_figwidth() / 2)),
         frameon=False,

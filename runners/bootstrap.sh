@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes .venv with the pinned dependencies (`install`), or sees to it that a frame can be rendered (`rendering`).
-# Started by the Makefile, in the repository's root. PYTHON=/path/to/python3.12 says which Python to take.
+# Makes .venv with the pinned dependencies (`install`), sees to it that a frame can be rendered (`rendering`), or gets
+# the browser that tests open a page in (`browser`), without which they are skipped. Started by the Makefile and by
+# .ci/run, in the repository's root. PYTHON=/path/to/python3.12 says which Python to take.
 set -eu
 
 opengl="libegl1 libgles2 libosmesa6"
@@ -76,7 +77,17 @@ rendering() {
     fail "no frame can be rendered here. Install OpenGL, then run make again: $(as_root)apt-get install -y $opengl"
 }
 
+browser() {
+    command -v chromium >/dev/null && return
+    if may_use_apt; then
+        say "installing chromium"
+        apt update || say "apt-get update failed; going on with the package lists that are here" >&2
+        apt install -y --no-install-recommends chromium || true
+    fi
+    command -v chromium >/dev/null || say "no chromium here; the tests that open a page in it are skipped" >&2
+}
+
 case "${1:-}" in
-    install | rendering) "$1" ;;
-    *) fail "usage: sh runners/bootstrap.sh install|rendering" ;;
+    install | rendering | browser) "$1" ;;
+    *) fail "usage: sh runners/bootstrap.sh install|rendering|browser" ;;
 esac

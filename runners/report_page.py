@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: pictures inside, no script, readable on light and on dark screens."""
+"""One HTML page that needs nothing else: pictures inside, readable on light and on dark screens."""
 
 from __future__ import annotations
 
@@ -82,17 +82,22 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
     links = "".join(f'<a href="#{escape(one.name)}">{escape(one.question.title)}</a>' for one in sections)
     parts = [
         f"<h1>{escape(title)}</h1>",
-        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts) + "</dl>",
-        *(_note(note) for note in notes),
+        list_of(facts),
+        *(note(text) for text in notes),
         f"<nav>{links}</nav>",
-        f"<section><h2>At a glance</h2>{_table(Table(('', 'value', 'good'), glance), 'words')}</section>",
+        f"<section><h2>At a glance</h2>{table(Table(('', 'value', 'good'), glance), 'words')}</section>",
         *(_section(section) for section in sections),
     ]
+    return document(title, "".join(parts))
+
+
+def document(title: str, body: str, head: str = "") -> str:
+    """A page in this style around a body. ``body`` and ``head`` are HTML, the title is plain."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>{head}</head>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -104,21 +109,28 @@ def _section(section: Section) -> str:
         for one in section.pictures
     )
     good, bad = f"<p><b>Good:</b> {escape(question.good)}</p>", f"<p><b>Bad:</b> {escape(question.bad)}</p>"
-    tables = "".join(_table(table) for table in section.tables)
+    tables = "".join(map(table, section.tables))
     return (
         f'<section id="{escape(section.name)}"><h2>{escape(question.title)}</h2>'
         f'<p class="soft">{escape(question.asked)}</p><div class="reading">{good}{bad}</div>'
-        f"{''.join(map(_note, section.notes))}{pictures}{tables}</section>"
+        f"{''.join(map(note, section.notes))}{pictures}{tables}</section>"
     )
 
 
-def _note(text: str) -> str:
+def list_of(facts: Sequence[tuple[str, str]]) -> str:
+    """Names and values; plain text."""
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts) + "</dl>"
+
+
+def note(text: str) -> str:
+    """What a reader must know; plain text."""
     return f'<div class="note"><p>{escape(text)}</p></div>'
 
 
-def _table(table: Table, kind: str = "") -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    cells = ("".join(f"<td>{escape(_cell(value))}</td>" for value in row) for row in table.rows)
+def table(content: Table, kind: str = "") -> str:
+    """A table as HTML; ``words`` as its kind breaks long cells."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in content.header)
+    cells = ("".join(f"<td>{escape(_cell(value))}</td>" for value in row) for row in content.rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
 

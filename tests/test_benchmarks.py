@@ -272,20 +272,36 @@ def test_published_figures_that_are_named_must_be_there(tmp_path: Path, capsys: 
     assert not list(tmp_path.glob("some*"))
 
 
+def test_published_figures_are_of_runs_that_see_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(curves, "draw", lambda path, panels, references, footer: drawn.append(references))
+    for obs in ("pixels", "state"):
+        run = new_run(tmp_path / obs, [evaluation(1000, [1.0], 60)], new_config(env=EnvConfig(obs=obs)))
+        assert run_curves(run, "--out", tmp_path / "some", "--plot", tmp_path / "curves.png") == 0
+    assert [{one.obs for one in references} for references in drawn] == [{"pixels"}, {"state"}]
+    assert "TD-MPC2 from state, published" in {one.label for one in drawn[1]}
+    assert "TD-MPC2, published" in {one.label for one in drawn[0]}
+
+
 def test_the_quoted_figures_are_complete() -> None:
     references = read_references(curves.REFERENCE)
-    tasks = ("cartpole-swingup", "reacher-easy", "ball_in_cup-catch", "walker-walk", "cheetah-run", "finger-spin")
-    algorithms = ("dreamerv3", "drqv2", "curl", "sac-pixels")
-    figures = {(one.task, one.algorithm, one.env_steps): one for one in references}
+    figures = {(one.task, one.obs, one.algorithm, one.env_steps): one for one in references}
     assert len(figures) == len(references)
-    assert figures.keys() == set(itertools.product(tasks, algorithms, (50_000, 100_000, 200_000, 500_000)))
-    assert all(0 <= one.mean_return <= 1000 and one.source for one in references)
+    assert [len({one.task for one in references if one.obs == obs}) for obs in ("pixels", "state")] == [20, 20]
+    six = ("cartpole-swingup", "reacher-easy", "ball_in_cup-catch", "walker-walk", "cheetah-run", "finger-spin")
+    pixels = ("DreamerV3", "DrQ-v2", "CURL", "SAC", "PPO")
+    steps = (50_000, 100_000, 200_000, 500_000, 1_000_000)
+    assert set(itertools.product(six, ["pixels"], pixels, steps)) <= figures.keys()
+    assert set(itertools.product(six, ["state"], ("TD-MPC2", "SAC"), steps[1:])) <= figures.keys()
+    assert set(itertools.product(six, ["state"], ("DreamerV3", "PPO"), steps[:4])) <= figures.keys()
+    assert all(0 <= one.mean_return <= 1000 and one.source and one.obs in ("pixels", "state") for one in references)
     quoted = [
-        figures[task, name, 100_000].mean_return
+        figures[task, "pixels", name, 100_000].mean_return
         for task in ("walker-walk", "cartpole-swingup")
-        for name in algorithms[:2]
+        for name in pixels[:2]
     ]
     assert [round(value) for value in quoted] == [639, 170, 615, 626]
+    assert curves.REFERENCE.stat().st_size < 100_000
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
