@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from benchmarks.grid import GridError
-from benchmarks.training import POLL_S, Job, Training, execute, last_lines, see_through
+from benchmarks.training import POLL_S, Job, Resubmitted, Training, execute, last_lines
 
 CONNECT_S = 5.0
 """How long an address of a cluster may take to answer."""
@@ -176,32 +175,10 @@ class Slurm:
             time.sleep(POLL_S)
 
 
-class Resubmitted:
-    """A job as submitit takes it: what it calls, and what it calls before the time is over."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._training: Training | None = None
-
-    def __call__(self) -> None:
-        self._training = Training(self._job)
-        error = see_through(self._training)
-        if error is not None:
-            print(error, file=sys.stderr)
-
-    def checkpoint(self) -> Any:
-        """Let the run save; what goes on with it."""
-        if self._training is not None:
-            self._training.terminate()
-            self._training.wait()
-        return importlib.import_module("submitit").helpers.DelayedSubmission(Resubmitted(self._job))
-
-
-def _told(submitted: Any) -> str | None:
+def _told(submitted: Any) -> str:
     file = Path(submitted.paths.stderr)
-    return (
-        "\n".join(last_lines(file)) if file.exists() else f"Slurm's job {submitted.job_id} ended as {submitted.state}"
-    )
+    told = last_lines(file) if file.exists() else []
+    return "\n".join(told or [f"job {submitted.job_id} of Slurm ended as {submitted.state} and printed nothing"])
 
 
 def _extra(module: str) -> ModuleType:

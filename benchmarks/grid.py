@@ -106,9 +106,7 @@ def read_grid(file: Path) -> Grid:
         kinds = {"tasks": str, "agents": str, "seeds": int, "flags": str}
         fits = all(type(one) is kind for name, kind in kinds.items() for one in lists[name])
         if content or type(env_steps) is not int or not fits:
-            raise ValueError(
-                f"it has other fields than this version writes{': ' if content else ''}{', '.join(content)}"
-            )
+            raise ValueError("its fields are not those that this version writes")
         return Grid(env_steps=env_steps, **lists)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise GridError(f"{file} cannot be used as a grid: {error}") from error

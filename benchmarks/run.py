@@ -27,7 +27,7 @@ from benchmarks.provenance import command_line, core_count
 from benchmarks.suites import SUITES, SuiteName
 from benchmarks.training import POLL_S, Job
 from envs import UnknownTask
-from runners.config import ConfigError, check, parse_args
+from runners.config import ConfigError, check, parse_args, refuse_below
 from runners.disk import DiskFull, clear_disk_full
 from runners.train import StopOnSignal
 
@@ -94,14 +94,19 @@ def parse(args: Sequence[str]) -> tuple[RunConfig, Grid]:
 
 
 def asked_for(options: RunConfig, flags: Sequence[str]) -> Grid:
-    """The grid that the options name. Raises GridError."""
+    """The grid that the options name. Raises GridError or ConfigError."""
     if bool(options.tasks) == (options.suite is not None):
         raise GridError(f"name either --tasks or a --suite: {', '.join(SUITES)}")
-    at_least = {"--seeds": (options.seeds, 1), "--env-steps": (options.env_steps, 1), "--jobs": (options.jobs, 1)}
-    at_least |= {"--cpus-per-run": (options.cpus_per_run, 0), "--gpus-per-run": (options.gpus_per_run, 0)}
-    for flag, (value, least) in at_least.items():
-        if value < least:
-            raise GridError(f"{flag} is {value}, but must be at least {least}")
+    refuse_below(
+        [
+            ("--seeds", options.seeds, 1),
+            ("--env-steps", options.env_steps, 1),
+            ("--jobs", options.jobs, 1),
+            ("--cpus-per-run", options.cpus_per_run, 0),
+            ("--gpus-per-run", options.gpus_per_run, 0),
+            ("--slurm-hours", options.slurm_hours, 0.5),
+        ]
+    )
     if options.ray is not None and (options.slurm or len(options.ray) > 1):
         raise GridError("choose --ray or --slurm" if options.slurm else "--ray takes one address")
     if options.slurm and options.gpus_per_run != int(options.gpus_per_run):
@@ -202,17 +207,11 @@ class Driver:
             return []
         error = error or f"it ended without an evaluation at {self._grid.env_steps} env_steps"
         if self._attempts[cell] < ATTEMPTS:
-            self._board.message(f"failed    {cell}, and is tried again: {_telling_line(error)}")
+            self._board.message(f"failed    {cell}, and is tried again: {error.splitlines()[-1]}")
             return [cell]
         self._folder.mark_failed(cell, self._attempts[cell], error)
-        self._board.message(f"gave up   {cell}: {_telling_line(error)}\n          see {self._folder.log(cell)}")
+        self._board.message(f"gave up   {cell}: {error.splitlines()[-1]}\n          see {self._folder.log(cell)}")
         return []
-
-
-def _telling_line(error: str) -> str:
-    """The last line that is not the exit code."""
-    lines = [line for line in error.splitlines() if line and not line.startswith("(")]
-    return lines[-1] if lines else error
 
 
 def run(options: RunConfig, asked: Grid, command: str) -> int:

@@ -1,11 +1,13 @@
 """One run of a grid in a process of its own: how it is started and stopped, and the program that runs in it.
 
-The program is runners.train, except that it ends when whoever started it does, however that ended, and that it waits for
-a process that still holds the run: a predecessor that lost its parent is saving.
+The program is runners.train, except that it ends when whoever started it does, however that ended, and that it waits
+for a process that still holds the run: a predecessor that lost its parent is saving. What starts it is imported on
+clusters' machines, and so imports no more than it needs.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shlex
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 POLL_S = 0.2
 _TOLD_LINES = 12
@@ -89,17 +92,17 @@ class Training:
         self._process.kill()
 
     def wait(self) -> None:
-        # Not by Popen.wait: this may run in a signal's handler, while the interrupted code is in there and holds its lock.
+        # Not Popen.wait: a signal's handler may wait too, while what it interrupted is in there and holds its lock.
         while not self.ended():
             time.sleep(POLL_S)
 
     def error(self) -> str | None:
-        """What went wrong, by its exit code and its last lines; None if it reached the end of its budget."""
+        """What went wrong, by its exit code and then its last lines; None if it reached the end of its budget."""
         code = self._process.returncode
         if code == 0:
             return None
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return "\n".join([*last_lines(Path(self.job.log), self._begin), f"({ending})"])
+        return "\n".join([f"({ending})", *last_lines(Path(self.job.log), self._begin)])
 
 
 def last_lines(file: Path, begin: int = 0) -> list[str]:
@@ -128,6 +131,27 @@ def see_through(training: Training) -> str | None:
         training.wait()
         raise
     return training.error()
+
+
+class Resubmitted:
+    """A job as submitit takes it: what it calls, and what it calls before the time is over."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._training: Training | None = None
+
+    def __call__(self) -> None:
+        self._training = Training(self._job)
+        error = see_through(self._training)
+        if error is not None:
+            print(error, file=sys.stderr)
+
+    def checkpoint(self) -> Any:
+        """Let the run save; what goes on with it."""
+        if self._training is not None:
+            self._training.terminate()
+            self._training.wait()
+        return importlib.import_module("submitit").helpers.DelayedSubmission(Resubmitted(self._job))
 
 
 # -- in the process ----------------------------------------------------------------------------------------------------
