@@ -48,7 +48,7 @@ class NotShared(RuntimeError):
 
 
 class Training:
-    """The process of a job. It leads a session of its own, so that Ctrl-C reaches it through its parent alone.
+    """The process of a job. It leads a group of its own, so that Ctrl-C reaches it through its parent alone.
 
     Raises:
         NotShared: this is a machine without the grid's folder.
@@ -74,7 +74,7 @@ class Training:
                 stderr=subprocess.STDOUT,
                 cwd=job.cwd,
                 env=os.environ | {"PYTHONPATH": root + (os.pathsep + known if known else ""), "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,
+                process_group=0,
             )
             when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             title = f"# {when}, process {self._process.pid} on {platform.node()}: {shlex.join(job.arguments)}\n"
