@@ -141,7 +141,7 @@ class Slurm:
     def __init__(
         self, folder: Path, *, cpus: int, gpus: int, hours: float, partition: str | None = None, cluster: str = "slurm"
     ) -> None:
-        submitit = _extra("submitit")
+        submitit = _import_submitit()
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=1000)
         except RuntimeError as error:
@@ -179,6 +179,18 @@ def _told(submitted: Any) -> str:
     file = Path(submitted.paths.stderr)
     told = last_lines(file) if file.exists() else []
     return "\n".join(told or [f"job {submitted.job_id} of Slurm ended as {submitted.state} and printed nothing"])
+
+
+def _import_submitit() -> ModuleType:
+    """Without its own set-up of logging, which closes every handler that there is, and what absl's writes to."""
+    before = os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"
+    try:
+        return _extra("submitit")
+    finally:
+        del os.environ["SUBMITIT_LOG_LEVEL"]
+        if before is not None:
+            os.environ["SUBMITIT_LOG_LEVEL"] = before
 
 
 def _extra(module: str) -> ModuleType:

@@ -30,7 +30,7 @@ SET_BY_GRID = ("task", "seed", "env-steps", "env.obs", "threads")
 SETTINGS = {name: value for name, value in COUNTING.items() if name not in SET_BY_GRID}
 FLAGS = tuple(flags(Path("nowhere"), SETTINGS)[2:])
 """Of runs on the counting environment that take a second."""
-LONGER = 1_200
+LONGER = 320
 """Env_steps of a run that takes some seconds: long enough to be found and stopped in the middle."""
 
 
