@@ -82,7 +82,11 @@ class Training:
             self._begin = out.tell()
 
     def ended(self) -> bool:
-        return self._process.poll() is not None
+        if self._process.poll() is None:
+            return False
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return True
 
     def terminate(self) -> None:
         """Ask it to save and end."""
