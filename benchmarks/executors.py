@@ -87,7 +87,7 @@ class RayCluster:
             _check_answer(address)
         try:
             self._ray.init(address=address, log_to_driver=False)
-        except (Exception, SystemExit) as error:  # Ray exits where it finds no cluster after minutes
+        except Exception as error:  # of many kinds, bare ones among them
             raise GridError(f"Ray cannot be reached{f' at {address}' if address else ''}: {error}") from error
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES_OF_RAY}
         self._task = self._ray.remote(**options)(execute)
@@ -203,7 +203,7 @@ def _extra(module: str) -> ModuleType:
 
 
 def _check_answer(address: str) -> None:
-    """Raises GridError if nothing speaks gRPC there. Ray itself would try for two minutes and end the program."""
+    """Raises GridError if nothing speaks gRPC there. Ray itself would try for minutes."""
     grpc: Any = _extra("grpc")
     target = address.removeprefix("ray://")
     host, colon, port = target.rpartition(":")

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,29 +228,29 @@ def run(options: RunConfig, asked: Grid, command: str) -> int:
         todo = plan(folder, grid, retry_failed=options.retry_failed)
         print("\n".join(Outlook(folder, grid, slots).lines(todo)))
         return 0
-    with clear_disk_full(folder.path), StopOnSignal() as stop:
+    with clear_disk_full(folder.path), ExitStack() as opened:
         executor = make_executor(options, folder)
         grid, held = folder.claim(asked)
+        opened.callback(os.close, held)
         found = plan(folder, grid, retry_failed=options.retry_failed)
-        with Board(Outlook(folder, grid, slots), found) as board:
-            driver = Driver(folder, grid, executor, board, cpus_per_run(options))
-            try:
-                complete = driver.run(found.todo, stop)
-            except KeyboardInterrupt:
-                complete = False
-            os.close(held)
-            left = plan(folder, grid, retry_failed=False)
-            board.message(f"{folder.path}: {left}")
-            if not complete:
-                board.message(f"stopped; to go on: {command}")
-                return 130
-            if left.failed:
-                board.message(f"failed: {', '.join(map(str, left.failed))}\nto try them again: add --retry-failed")
-            return 1 if left.failed else 0
+        board = opened.enter_context(Board(Outlook(folder, grid, slots), found))
+        stop = opened.enter_context(StopOnSignal())  # not before Ray has set its own handlers
+        try:
+            complete = Driver(folder, grid, executor, board, cpus_per_run(options)).run(found.todo, stop)
+        except KeyboardInterrupt:
+            complete = False
+        left = plan(folder, grid, retry_failed=False)
+        board.message(f"{folder.path}: {left}")
+        if not complete:
+            board.message(f"stopped; to go on: {command}")
+            return 130
+        if left.failed:
+            board.message(f"failed: {', '.join(map(str, left.failed))}\nto try them again: add --retry-failed")
+        return 1 if left.failed else 0
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0: every run is finished; 1: an error, or runs are marked as failed; 130: stopped by a signal, all runs saved."""
+    """0: every run is finished; 1: an error, or runs are marked as failed; 130: stopped by a signal."""
     given = sys.argv[1:] if args is None else list(args)
     try:
         options, grid = parse(given)
@@ -257,6 +258,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except (GridError, ConfigError, UnknownTask, DiskFull) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

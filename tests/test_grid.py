@@ -134,7 +134,6 @@ def test_a_grid_is_read_back(tmp_path: Path) -> None:
         (["--env-steps", "20"], "--loop.prefill 40 is beyond the whole budget"),
         (["--ray", "--slurm"], "choose --ray or --slurm"),
         (["--slurm", "--gpus-per-run", "0.5"], "only Ray gives parts"),
-        (["--slurm"], "--slurm: "),  # there is none here
         (["--ray", "nowhere"], "--ray nowhere is not an address"),
         (["--", "--seed", "3"], "--seed after --"),
         (["--", "--env.obs=state"], "--env.obs after --"),
@@ -147,6 +146,15 @@ def test_impossible_grids(changes: list[str], says: str, tmp_path: Path, capsys:
     assert error.startswith("error: ")
     assert says in error
     assert "Traceback" not in error
+    assert not (tmp_path / "grid").exists()
+
+
+def test_slurm_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert main(words(grid_of(COUNT), tmp_path / "grid", "--slurm")) == 1
+    assert "are you indeed on a slurm cluster" in capsys.readouterr().err
     assert not (tmp_path / "grid").exists()
 
 
