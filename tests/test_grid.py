@@ -424,6 +424,15 @@ def test_a_ray_address_that_does_not_answer(
     assert contents(folder.path) == before
 
 
+def first_process(folder: GridFolder, cell: Cell) -> int:
+    """The process that a run was first trained in, as its log says."""
+    return int(folder.log(cell).read_text().partition("process ")[2].split()[0])
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
 @pytest.fixture
 def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two workers on this machine; the address."""
@@ -451,10 +460,9 @@ def test_a_ray_cluster_whose_worker_is_killed_finishes_the_grid(ray_cluster: str
         [sys.executable, "-m", "benchmarks.run", *words(grid, folder.path, "--ray", ray_cluster)], cwd=ROOT
     )
     wait_until(lambda: begun(folder.run_dir(first)), "the first run is on its way")
-    training = int(folder.log(first).read_text().partition("process ")[2].split()[0])
-    worker = int(Path(f"/proc/{training}/stat").read_text().rpartition(") ")[2].split()[1])
-    os.kill(worker, signal.SIGKILL)
-    assert driver.wait(timeout=200) == 0
+    training = first_process(folder, first)
+    os.kill(parent(training), signal.SIGKILL)
+    assert driver.wait(timeout=280) == 0
     assert not Path(f"/proc/{training}").exists()
     assert folder.log(first).read_text().count("# 20") == 2
     assert "resuming " in folder.log(first).read_text()
@@ -463,14 +471,21 @@ def test_a_ray_cluster_whose_worker_is_killed_finishes_the_grid(ray_cluster: str
     assert_same_run(folder.run_dir(first), tmp_path / "whole")
 
 
-def test_a_job_of_slurm_trains_the_run(finished: Path, tmp_path: Path) -> None:
-    """Through submitit's local executor: the same job in the same wrapping, without the queue."""
-    grid = grid_of(COUNT)
+def test_a_preempted_job_of_slurm_saves_and_goes_on(tmp_path: Path) -> None:
+    """Through submitit's local executor: the same job and signal in the same wrapping, without the queue."""
+    grid = grid_of(COUNT, env_steps=LONGER)
     (cell,) = grid.cells()
     folder = GridFolder(tmp_path / "grid")
     os.close(folder.claim(grid)[1])
     executor = Slurm(folder.path / "slurm", cpus=1, gpus=0, hours=1, cluster="local")
     executor.start(make_job(folder, grid, cell, 1))
+    wait_until(lambda: begun(folder.run_dir(cell)), "the run is on its way")
+    for pid in (parent(first_process(folder, cell)), first_process(folder, cell)):
+        os.kill(pid, signal.SIGUSR2)  # to every process of the job, as Slurm does
     until_ended(executor)
+    said = folder.log(cell).read_text()
+    assert said.count("# 20") == 2
+    assert said.index("and saved; the same command goes on") < said.index("resuming ")
     assert folder.finished(cell, grid.env_steps)
-    assert_same_run(folder.run_dir(cell), finished)
+    train_here(grid, tmp_path / "whole", cell)
+    assert_same_run(folder.run_dir(cell), tmp_path / "whole")
