@@ -451,6 +451,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ray.shutdown()
 
 
+@pytest.mark.timeout(600)  # it starts two dozen processes, most of them Ray's
 def test_a_ray_cluster_whose_worker_is_killed_finishes_the_grid(ray_cluster: str, tmp_path: Path) -> None:
     """Two runs at once; the worker of one is killed with -9. Its run ends with it, is started again and goes on."""
     grid = grid_of(COUNT, seeds=2, env_steps=LONGER)
@@ -462,7 +463,7 @@ def test_a_ray_cluster_whose_worker_is_killed_finishes_the_grid(ray_cluster: str
     wait_until(lambda: begun(folder.run_dir(first)), "the first run is on its way")
     training = first_process(folder, first)
     os.kill(parent(training), signal.SIGKILL)
-    assert driver.wait(timeout=280) == 0
+    assert driver.wait(timeout=500) == 0
     assert not Path(f"/proc/{training}").exists()
     assert folder.log(first).read_text().count("# 20") == 2
     assert "resuming " in folder.log(first).read_text()
