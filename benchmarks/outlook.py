@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from types import TracebackType
@@ -109,10 +109,17 @@ class Outlook:
 class Board:
     """The screen: on a terminal a bar for the grid and one for each run, elsewhere a plain line a minute."""
 
-    def __init__(self, outlook: Outlook, plan: Plan, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        outlook: Outlook,
+        plan: Plan,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._outlook, self._total = outlook, len(plan.done) + len(plan.failed) + len(plan.todo)
         self._budget = outlook.budget
-        self._drawn_s = time.monotonic()
+        self._clock = clock
+        self._drawn_s = clock()
         # As in runners.progress: isatty, because rich also believes FORCE_COLOR; no width for redirected lines.
         self._console = console or Console(force_terminal=sys.stdout.isatty(), soft_wrap=True)
         self._bars: Progress | None = None
@@ -126,7 +133,7 @@ class Board:
 
     def draw(self, running: Sequence[Cell], waiting: Sequence[Cell]) -> None:
         """Show how far these are. Cheap enough for every moment: it looks every two seconds, or every minute."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._drawn_s < (_PLAIN_EVERY_S if self._bars is None else _LIVE_EVERY_S):
             return
         self._drawn_s = now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import signal
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.executors import Executor, LocalProcesses, Slurm
 from benchmarks.grid import Cell, Grid, GridError, GridFolder, agent_label, read_grid
+from benchmarks.outlook import Board, Outlook, Plan
 from benchmarks.run import RunConfig, main, make_job, plan, run
 from benchmarks.suites import SUITES
-from benchmarks.training import Job
+from benchmarks.training import Job, execute
 from envs import resolve_task
 from runners.train import train
 from tests.loop_helpers import COUNTING, ROOT, config, contents, differing, flags, newest_state, rows, without_wall_time
@@ -304,6 +308,35 @@ def test_dry_run_says_what_is_missing_and_how_long_it_takes(
         "to be trained, 2 at once: about 1:15, and 4 runs of which nothing is known",  # (60 + 30 + 60) s / 2
     ]
     assert contents(folder.path) == before
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_screen_says_how_far_each_run_is(terminal: bool, folder: GridFolder) -> None:
+    grid = grid_of(COUNT, seeds=3)
+    first, second, third = grid.cells()
+    folder.run_dir(second).mkdir()
+    (folder.run_dir(second) / "metrics.jsonl").write_text('{"env_steps": 60, "wall_s": 30.0}\n')
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    seconds = iter([0.0, 1.0, 61.0])
+    with Board(Outlook(folder, grid, 1), Plan([first], [], [second, third]), console, lambda: next(seconds)) as board:
+        board.draw([second], [third])  # too early to look again
+        board.draw([second], [third])
+        board.message("a line between")
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert shown.startswith("1 runs finished, 2 to be trained\n")
+    assert "60/120" in shown
+    assert "1/3 runs" in shown
+    assert "left: about " in shown
+    assert ("━" in shown) == terminal
+    assert "a line between" in shown
+
+
+def test_a_machine_without_the_folder_says_so(folder: GridFolder) -> None:
+    job = make_job(folder, grid_of(COUNT), grid_of(COUNT).cells()[0], 1)
+    elsewhere = dataclasses.replace(job, grid="/not/mounted/grid.json")
+    assert "every machine must see the grid's folder" in str(execute(elsewhere))
+    assert not folder.log(grid_of(COUNT).cells()[0]).exists()
 
 
 def test_dry_run_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
