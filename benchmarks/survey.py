@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from benchmarks.curves import Curve, CurvesError, kind, read_run
+from benchmarks.grid import Grid, GridError, read_grid
 from runners.config import AgentName, Config
 
 FEW_SEEDS = 5
@@ -60,15 +61,6 @@ class Survey:
     def target(self, run: Curve) -> int:
         """The env_steps that a run is to reach: no more than the grid asks for."""
         return min(run.config.env_steps, self.env_steps)
-
-
-class _Grid(NamedTuple):
-    """The part of grid.json that says what should be there."""
-
-    tasks: list[str]
-    agents: list[str]
-    seeds: list[int]
-    env_steps: int
 
 
 def agent_label(config: Config) -> str:
@@ -124,22 +116,14 @@ def survey(folders: Sequence[Path]) -> Survey:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _read_grid(folder: Path) -> _Grid | None:
+def _read_grid(folder: Path) -> Grid | None:
     file = folder / "grid.json"
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        seeds = content["seeds"]
-        grid = _Grid(
-            [str(task) for task in content["tasks"]],
-            [str(agent) for agent in content["agents"]],
-            list(range(1, seeds + 1)) if isinstance(seeds, int) else [int(seed) for seed in seeds],
-            int(content["env_steps"]),
-        )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise SurveyError(f"{file} is no grid of benchmarks.run: {error!r}") from error
-    return grid
+        return read_grid(file)
+    except GridError as error:
+        raise SurveyError(str(error)) from error
 
 
 def _run_folders(folders: Iterable[Path]) -> Iterator[Path]:

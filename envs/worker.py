@@ -294,7 +294,9 @@ def shared_file() -> int:
 
 def main(pipe_fd: int, file: int) -> None:
     """The worker's process: builds the environment, says what it is, obeys until the pipe ends."""
+    # Whoever stops a job signals all of its processes; the program still needs this one until it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe = Connection(pipe_fd)
     env: gym.Env | None = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,18 @@ def clear_disk_full(path: Path) -> Iterator[None]:
         raise DiskFull(
             f"the disk is full: {path} could not be written; free some space, then run the same command again"
         ) from error
+
+
+def lock_file(file: Path) -> int | None:
+    """Hold the file, made if it is not there, until the returned descriptor is closed or the process ends, however it
+    ends. None if another process holds it."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def write_file(file: Path, data: bytes) -> None:

@@ -85,10 +85,11 @@ class Display:
         elapsed, made = now - then, done - old_done
         pace = f"{(worked - old_worked) / elapsed:.1f}" if elapsed > 0 else "–"
         left_s = (self._total - done) * elapsed / made if made > 0 else None
-        return f"{self._unit} {done:,}/{self._total:,} · {pace} {self._pace}/s · {_duration(left_s)} left"
+        return f"{self._unit} {done:,}/{self._total:,} · {pace} {self._pace}/s · {duration(left_s)} left"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """``1:05:09`` or ``5:09``, and a dash for None."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)

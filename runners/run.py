@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import sys
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from envs import action_repeat_of, make_vector_env
 from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
 from runners.config import Config, ConfigError, build_agent, check, differences, read_config, resolve_device, to_json
-from runners.disk import replace_file
+from runners.disk import lock_file, replace_file
 from runners.logger import Logger
 from runners.replay import Replay
 from runners.rollout import Collector
@@ -33,6 +32,8 @@ from worldmodels.lewm import LeWorldModel
 EVALUATION_SEED = 1_000_003
 """Added to a run's seed for its evaluation environments, so that training never sees their episodes."""
 
+LOCK = "run.lock"
+"""In the run's folder: held by the process that trains it."""
 FLUSH_EVERY = 500
 """Rows between flushes of the replay: what kill -9 loses at most."""
 PREFILL_SEED = 2_000_003
@@ -220,14 +221,9 @@ def lock_run(path: Path) -> int:
     Raises:
         ConfigError: another process holds it.
     """
-    descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"{path} is being trained by another process; wait for it, or choose another --run-dir"
-        ) from None
+    descriptor = lock_file(path / LOCK)
+    if descriptor is None:
+        raise ConfigError(f"{path} is being trained by another process; wait for it, or choose another --run-dir")
     return descriptor
 
 

@@ -329,7 +329,7 @@ def _another_grid(path: Path) -> None:
             _no_evaluations,
             "has no evaluation in evals.jsonl yet; let it reach its first one or leave it out (and 1 more",
         ),
-        (_broken_grid, "grid.json is no grid of benchmarks.run"),
+        (_broken_grid, "grid.json cannot be used as a grid"),
         (_another_grid, "no run of the grid in"),
     ],
 )

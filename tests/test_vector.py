@@ -217,6 +217,22 @@ def test_worker_killed_between_episodes_loses_nothing() -> None:
     vector.close()
 
 
+def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_the_program() -> None:
+    """As schedulers send SIGTERM: the program still steps its environments until it has saved."""
+    vector = make_vector_env(COUNTING, STATE, 2)
+    vector.reset()
+    running = pids(vector)
+    for pid in running:
+        os.kill(pid, signal.SIGTERM)
+    for count, action in enumerate(actions(3, 2), start=1):
+        obs, _, _, _, infos = vector.step(action)
+        assert obs.tolist() == [[count], [count]]
+        assert "fault" not in infos
+    assert pids(vector) == running
+    vector.close()
+    assert not any(alive(pid) for pid in running)
+
+
 @both_ways
 @pytest.mark.parametrize("task", ["BadReward-v0", "BadObs-v0"])
 def test_fault_closes_the_episode_with_a_finite_row(processes: bool, task: str) -> None:
