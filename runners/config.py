@@ -84,8 +84,8 @@ class Config:
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
     profile: int = 0
-    """Updates to trace with PyTorch's profiler, after ten that are not, into profile/ in the run's folder; 0: none. Only
-    this start of the program does it, so a run may be resumed with another number."""
+    """Updates to trace with PyTorch's profiler, after ten that are not, into profile/ in the run's folder; 0: none. A
+    run may be resumed with another number."""
     init_from: str | None = None
     """Folder of a run, as of runners.pretrain, whose encoder, normaliser and predictor this one starts with."""
     env: EnvConfig = field(default_factory=EnvConfig)

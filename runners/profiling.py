@@ -51,7 +51,8 @@ class Trace:
             self._write()
 
     def _write(self) -> None:
-        assert self._profile is not None and self._first is not None
+        assert self._profile is not None
+        assert self._first is not None
         self._done = True
         self._profile.stop()
         self._folder.mkdir(exist_ok=True)
