@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from agents.mpc import ImaginedReturn, MPCAgent, repeat
+from agents.goals import GoalSearchConfig, NearnessToGoal
+from agents.mpc import ImaginedReturn, MPCAgent
 from agents.planner import CEM, CEMConfig
 from benchmarks.stopwatch import Measurement, Results, Stopwatch
 from worldmodels.interface import State, WorldModel
@@ -92,22 +93,6 @@ def time_decision(agent: MPCAgent, obs: Any, watch: Stopwatch) -> Results:
     return _timed("plan/agent", decide, places, watch, note)
 
 
-class GoalDistance:
-    """Scores candidates by how near the last imagined latent comes to a goal's: −‖ẑ_H − z_goal‖²."""
-
-    def __init__(self, model: LeWorldModel, state: State, goal: Float[Tensor, "B D"]) -> None:
-        self.model: WorldModel = model
-        self.state = state
-        self.goal = goal
-
-    def __call__(self, candidates: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
-        b, n, horizon, _ = candidates.shape
-        state, actions = repeat(self.state, n), candidates.flatten(0, 1)
-        for k in range(horizon):
-            state = self.model.imagine(state, actions[:, k])
-        return -(state.z[:, -1].view(b, n, -1).float() - self.goal[:, None].float()).square().sum(-1)
-
-
 @torch.no_grad()
 def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
     """One decision of the published LeWorldModel: ViT-tiny at 224×224, predictor of depth 6, CEM of 300 × 30 plans of 5
@@ -124,12 +109,12 @@ def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
         with torch.autocast(watch.device.type, torch.bfloat16, enabled=bf16):
             state = model.observe(model.initial(1), action, frames[:1], first)
             goal = model.encode(frames[1:])
-            planner.plan(GoalDistance(model, state, goal), mean, torch.ones_like(mean))
+            planner.plan(NearnessToGoal(model, state, goal, GoalSearchConfig()), mean, torch.ones_like(mean))
 
     places: list[Place] = [
         (model, "encode", "encode"),
         (model, "imagine", "rollout"),
-        (GoalDistance, "__call__", "score"),
+        (NearnessToGoal, "__call__", "score"),
     ]
     note = f"{PUBLISHED.samples}×{PUBLISHED.iterations}, H={PUBLISHED_HORIZON}, {'bf16' if bf16 else 'float32'}"
     # It takes seconds: one call is a repeat.
