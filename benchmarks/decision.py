@@ -13,15 +13,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from agents.goals import GoalSearchConfig, NearnessToGoal
 from agents.mpc import ImaginedReturn, MPCAgent
 from agents.planner import CEM, CEMConfig
 from benchmarks.stopwatch import Measurement, Results, Stopwatch
-from worldmodels.interface import State, WorldModel
-from worldmodels.lewm import PAPER, LeWorldModel, build_world_model
+from worldmodels.lewm import PAPER, build_world_model
 
 Part = Literal["encode", "rollout", "score", "search"]
 Place = tuple[Any, str, Part]

@@ -24,15 +24,13 @@ from torch.autograd.profiler_util import FunctionEvent
 from agents.dreamer import DreamerAgent, DreamerConfig
 from benchmarks import curves, speed
 from benchmarks.decision import PARTS as DECISION_PARTS
-from benchmarks.decision import GoalDistance, PartClock
+from benchmarks.decision import PartClock
 from benchmarks.plot import mean_curve, read_references
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
 from runners.config import Config, build_agent, parse_args, presets, to_json
-from worldmodels.encoder import ConvConfig
 from worldmodels.interface import Batch
-from worldmodels.lewm import LeWMConfig, build_world_model
 
 HEADER = "task,agent,seed,env_steps,wall_s,mean_return,std,min,max,episodes,render,action_repeat,preset"
 
@@ -451,20 +449,6 @@ def test_time_is_charged_to_the_innermost_part(monkeypatch: pytest.MonkeyPatch) 
     work(0.5)
     assert clock.read() == {"search": 0.5, "score": 1.0, "rollout": 4.0}
     assert clock.read() == {"search": 0.0}
-
-
-def test_the_nearest_imagined_latent_scores_highest() -> None:
-    torch.manual_seed(0)
-    model = build_world_model((3,), 2, LeWMConfig(latent_dim=4, conv=ConvConfig(hidden=8))).eval()
-    state = model.observe(model.initial(1), torch.zeros(1, 2), torch.randn(1, 3), torch.ones(1, dtype=torch.bool))
-    plans = torch.rand(1, 5, 3, 2) * 2 - 1
-    reached = state
-    for k in range(3):
-        reached = model.imagine(reached, plans[:, 2, k])
-    scores = GoalDistance(model, state, reached.z[:, -1].detach())(plans)
-    assert scores.shape == (1, 5)
-    assert scores[0, 2].item() == pytest.approx(0, abs=1e-9)
-    assert scores.argmax() == 2
 
 
 @pytest.mark.parametrize(

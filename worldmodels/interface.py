@@ -70,9 +70,7 @@ class Predictor(Protocol):
 class CachingPredictor(Predictor, Protocol):
     """A predictor that can keep, between the imagined steps of many futures, what it would compute again."""
 
-    def recall(
-        self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K1 A"], valid: Bool[Tensor, "B K"]
-    ) -> Any:
+    def recall(self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K1 A"], valid: Bool[Tensor, "B K"]) -> Any:
         """A cache of what was observed. ``action`` is what left between the K latents."""
         ...
 

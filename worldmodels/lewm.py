@@ -246,11 +246,11 @@ class LeWorldModel(WorldModel):
             hidden=hidden,
         )
 
-    def feat(self, state: LeWMState) -> Float[Tensor, "B F"]:
+    def feat(self, state: LeWMState | LeWMFuture) -> Float[Tensor, "B F"]:
         moved = (state.z[:, 1:] - state.z[:, :-1]).masked_fill(~state.valid[:, :-1, None], 0.0)
         return torch.cat([state.z[:, -1], moved.flatten(1), state.hidden], -1)
 
-    def latent(self, state: LeWMState) -> Float[Tensor, "B D"]:
+    def latent(self, state: LeWMState | LeWMFuture) -> Float[Tensor, "B D"]:
         return state.z[:, -1].float()
 
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
@@ -263,7 +263,7 @@ class LeWorldModel(WorldModel):
         read = self.head_trunk(feat)
         return self.reward_head(read), self.cont_head(read)
 
-    def settled(self, state: LeWMState) -> Bool[Tensor, " B"]:
+    def settled(self, state: LeWMState | LeWMFuture) -> Bool[Tensor, " B"]:
         return state.valid.all(1)
 
     def encode(self, obs: Shaped[Tensor, "N *obs"]) -> Float[Tensor, "N D"]:

@@ -56,7 +56,7 @@ class _Step(NamedTuple):
     """A future's own token, before any block; kept, because it gets another position when the window slides."""
 
     z: Float[Tensor, "B N 1 D"]
-    modulation: list[Float[Tensor, "B N 1 6D"]]
+    modulation: list[Float[Tensor, "B N 1 6*D"]]
     """Each block's: they follow from the action alone."""
 
 
@@ -193,7 +193,7 @@ class TransformerPredictor(nn.Module):
     def _extend(
         self,
         x: Float[Tensor, "B N M D"],
-        modulation: list[Float[Tensor, "B N M 6D"]],
+        modulation: list[Float[Tensor, "B N M 6*D"]],
         visible: Bool[Tensor, "B M L"],
         past: list[_Keys] | None,
         shared: list[_Keys] | None,
@@ -203,9 +203,7 @@ class TransformerPredictor(nn.Module):
         for i, block in enumerate(self.blocks):
             # Of the last block only the newest token's output counts.
             wanted = 1 if i == len(self.blocks) - 1 else x.shape[2]
-            x, known = block.extend(
-                x, modulation[i], visible, wanted, past and past[i], shared and shared[i]
-            )
+            x, known = block.extend(x, modulation[i], visible, wanted, past and past[i], shared and shared[i])
             keys.append(known)
         return x, keys
 
@@ -258,7 +256,7 @@ class _AdaLNBlock(nn.Module):
     def extend(
         self,
         x: Float[Tensor, "B N M D"],
-        modulation: Float[Tensor, "B N M 6D"],
+        modulation: Float[Tensor, "B N M 6*D"],
         visible: Bool[Tensor, "B M L"],
         wanted: int,
         past: _Keys | None,
