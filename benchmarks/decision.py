@@ -17,6 +17,7 @@ import torch
 from agents.goals import GoalSearchConfig, NearnessToGoal
 from agents.mpc import ImaginedReturn, MPCAgent
 from agents.planner import CEM, CEMConfig
+from benchmarks.peers import Peer, stable_worldmodel_decision
 from benchmarks.stopwatch import Measurement, Results, Stopwatch
 from worldmodels.lewm import PAPER, build_world_model
 
@@ -90,10 +91,22 @@ def time_decision(agent: MPCAgent, obs: Any, watch: Stopwatch) -> Results:
     return _timed("plan/agent", decide, places, watch, note)
 
 
+def published_peer(device: torch.device) -> Peer:
+    """stable-worldmodel's decision at the same setting. Raises PeerUnavailable."""
+    return stable_worldmodel_decision(
+        PAPER,
+        PUBLISHED,
+        horizon=PUBLISHED_HORIZON,
+        block=PUBLISHED_BLOCK,
+        actions=PUBLISHED_ACTIONS,
+        device=device,
+    )
+
+
 @torch.no_grad()
-def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
+def time_published_decision(watch: Stopwatch, *, bf16: bool, peer: Peer | None = None) -> Results:
     """One decision of the published LeWorldModel: ViT-tiny at 224×224, predictor of depth 6, CEM of 300 × 30 plans of 5
-    action blocks. Untrained weights, which take the same time."""
+    action blocks. Untrained weights, which take the same time. A peer is timed in turn with it."""
     torch.manual_seed(0)
     model = build_world_model((3, 224, 224), PUBLISHED_BLOCK * PUBLISHED_ACTIONS, PAPER).to(watch.device).eval()
     planner = CEM(PUBLISHED)
@@ -115,7 +128,18 @@ def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
     ]
     note = f"{PUBLISHED.samples}×{PUBLISHED.iterations}, H={PUBLISHED_HORIZON}, {'bf16' if bf16 else 'float32'}"
     # It takes seconds: one call is a repeat.
-    return _timed("plan/published", decide, places, Stopwatch(min(watch.repeats, 3), 1e-3, watch.device), note)
+    watch = Stopwatch(min(watch.repeats, 3), 1e-3, watch.device)
+    results = _timed("plan/published", decide, places, watch, note)
+    if peer is None:
+        return results
+    size = sum(p.numel() for p in (*model.encoder.parameters(), *model.predictor.parameters()))
+    ours, theirs = watch.in_turn([decide, peer.work])
+    sizes = f"{peer.parameters / 1e6:.1f}M parameters, ours {size / 1e6:.1f}M"
+    ratio = f"lowest of each: {theirs.low / ours.low:.2f}"  # type: ignore[operator]
+    results["plan/published"] = replace(ours, note=note)
+    results["plan/published_peer"] = replace(theirs, note=f"{peer.name}, LeWM and CEM as it ships; {sizes}")
+    results["plan/published_ratio"] = Measurement(theirs.value / ours.value, "×", note=f"its time over ours; {ratio}")
+    return results
 
 
 def _timed(name: str, work: Callable[[], None], places: list[Place], watch: Stopwatch, note: str) -> Results:

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from agents.dreamer import DreamerAgent, DreamerConfig
 from benchmarks import curves, speed
 from benchmarks.decision import PARTS as DECISION_PARTS
-from benchmarks.decision import PartClock
+from benchmarks.decision import PartClock, published_peer
+from benchmarks.peers import PeerUnavailable
 from benchmarks.plot import mean_curve, read_references
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.update_parts import PARTS, charge, time_parts
@@ -451,6 +453,28 @@ def test_time_is_charged_to_the_innermost_part(monkeypatch: pytest.MonkeyPatch) 
     assert clock.read() == {"search": 0.0}
 
 
+def test_works_are_timed_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, []
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def work(name: str) -> None:
+        nonlocal now
+        calls.append(name)
+        now += {"a": 1.0, "b": 0.5}[name] * len(calls)
+
+    a, b = Stopwatch(3, 1.0, torch.device("cpu")).in_turn([lambda: work("a"), lambda: work("b")])
+    assert calls == ["a", "b"] * 4
+    # The third, fifth and seventh call are a's.
+    assert (a.low, a.value, a.high) == (3000, 5000, 7000)
+    assert (b.low, b.value, b.high) == (2000, 3000, 4000)
+
+
+def test_a_peer_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "stable_worldmodel", None)
+    with pytest.raises(PeerUnavailable, match=r"cannot be used here: ModuleNotFoundError.*\.\[peers\]"):
+        published_peer(torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -458,6 +482,7 @@ def test_time_is_charged_to_the_innermost_part(monkeypatch: pytest.MonkeyPatch) 
         (["--preset", "cup"], "The closest: cpu"),
         (["--task", "dmc/cartpole-swingpu"], "The closest: dmc/cartpole-swingup"),
         (["--suite", "update", "--agent", "random"], "--agent random does not learn"),
+        (["--suite", "update", "--peers"], "--peers is of --suite published"),
         (["--suite", "replay", "--env.obs", "both"], "a replay holds --env.obs pixels or state"),
     ],
 )
