@@ -1,4 +1,4 @@
-"""OGBench's manipulation tasks (arXiv 2410.20092; the extra ``.[ogbench]``): a robot arm and cubes, drawn by our camera.
+"""OGBench's manipulation tasks (arXiv 2410.20092; the extra ``.[ogbench]``): an arm and cubes, drawn by our camera.
 
 Scenes are drawn as OGBench draws them for its own data: the arm and the cubes anywhere, from the episode's seed alone.
 (Its evaluation tasks take their number from NumPy's global generator, so that a seed does not fix an episode.) Nothing

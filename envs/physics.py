@@ -49,7 +49,9 @@ def simulation(env: gym.Env) -> tuple[mujoco.MjModel, mujoco.MjData]:
         return base.simulation
     if isinstance(getattr(base, "model", None), mujoco.MjModel):  # Gymnasium's own tasks, OGBench's
         return base.model, base.data  # type: ignore[attr-defined]
-    raise NoPhysics(f"{type(base).__name__} has no MuJoCo simulation; physical states exist on dmc/, mujoco/ and OGBench's tasks")
+    raise NoPhysics(
+        f"{type(base).__name__} has no MuJoCo simulation; physical states exist on dmc/, mujoco/ and OGBench's tasks"
+    )
 
 
 def physical_state(env: gym.Env) -> Float64[np.ndarray, " S"]:

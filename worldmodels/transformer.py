@@ -265,12 +265,14 @@ class _AdaLNBlock(nn.Module):
         """The last ``wanted`` tokens' outputs, and the keys of ``past`` and these tokens. L counts those of ``shared``
         first, then past, then these. Without dropout."""
         shift, scale = modulation.chunk(6, -1)[:2]
-        q, k, v = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        inner = torch.addcmul(shift, self.norm(x), 1 + scale)
+        q, k, v = self.qkv(inner).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         keys = _Keys(k, v) if past is None else _Keys(torch.cat([past.k, k], 2), torch.cat([past.v, v], 2))
         x, q = x[:, :, -wanted:], q[:, :, -wanted:]
         gate, shift2, scale2, gate2 = modulation[:, :, -wanted:].chunk(6, -1)[2:]
-        x = x + gate * self.out(_attend(q, keys, shared, visible[:, -wanted:]))
-        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2), keys
+        x = torch.addcmul(x, gate, self.out(_attend(q, keys, shared, visible[:, -wanted:])))
+        inner = torch.addcmul(shift2, self.norm(x), 1 + scale2)
+        return torch.addcmul(x, gate2, self.mlp(inner)), keys
 
     def _attention(self, x: Tensor, visible: Tensor) -> Tensor:
         b, length, _ = x.shape
@@ -295,8 +297,10 @@ def _attend(
     logits = logits.float() * q.shape[-1] ** -0.5
     weight = logits.masked_fill(~visible[:, None, :, :, None], -torch.inf).softmax(3).to(q.dtype)
     before = weight.shape[3] - own.k.shape[2]
-    parts = zip(weight[:, :, :, before:].unbind(3), own.v.unbind(2), strict=True)
-    attended = sum(w[..., None] * v[:, :, None] for w, v in parts)
+    first, *others = zip(weight[:, :, :, before:, :, None].unbind(3), own.v[:, :, :, None].unbind(2), strict=True)
+    attended = first[0] * first[1]
+    for w, v in others:
+        attended = torch.addcmul(attended, w, v)
     if shared is not None:
         attended = attended + torch.einsum("bnmlh,blhd->bnmhd", weight[:, :, :, :before], shared.v[:, 0])
     return attended.flatten(-2)
