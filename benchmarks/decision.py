@@ -132,7 +132,7 @@ def time_published_decision(watch: Stopwatch, *, bf16: bool, peer: Peer | None =
     results = _timed("plan/published", decide, places, watch, note)
     if peer is None:
         return results
-    size = sum(p.numel() for p in (*model.encoder.parameters(), *model.predictor.parameters()))
+    size = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("encoder.", "predictor.")))
     ours, theirs = watch.in_turn([decide, peer.work])
     sizes = f"{peer.parameters / 1e6:.1f}M parameters, ours {size / 1e6:.1f}M"
     ratio = f"lowest of each: {theirs.low / ours.low:.2f}"  # type: ignore[operator]

@@ -9,7 +9,7 @@ from agents.planner import GradientConfig, GradientPlanner
 from worldmodels.encoder import ConvConfig
 from worldmodels.interface import WorldModel
 from worldmodels.lewm import LeWMConfig, LeWMFuture, LeWMState, LeWorldModel, build_world_model
-from worldmodels.transformer import TransformerConfig
+from worldmodels.transformer import TransformerConfig, TransformerPredictor
 
 B, N, A = 4, 3, 2
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -23,9 +23,14 @@ def model_of(history: int) -> LeWorldModel:
     config = LeWMConfig(latent_dim=6, predictor="transformer", transformer=transformer, conv=ConvConfig(hidden=8))
     model = build_world_model((4,), A, config)
     with torch.no_grad():
-        for parameter in model.predictor.parameters():
+        for parameter in predictor_of(model).parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+def predictor_of(model: LeWorldModel) -> TransformerPredictor:
+    assert isinstance(model.predictor, TransformerPredictor)
+    return model.predictor
 
 
 def remembered(model: LeWorldModel, starts: list[list[int]]) -> LeWMState:
@@ -81,7 +86,7 @@ def test_futures_are_numbered_by_stream_then_future() -> None:
 def test_only_what_is_new_is_computed(starts: str, tokens: list[int]) -> None:
     model, counted = model_of(3), []
     state = remembered(model, STARTS[starts])
-    model.predictor.blocks[0].qkv.register_forward_hook(lambda _, x, y: counted.append(y[..., 0].numel()))
+    predictor_of(model).blocks[0].qkv.register_forward_hook(lambda _, x, y: counted.append(y[..., 0].numel()))
     futures = model.futures(state)
     assert counted == ([] if starts == "short" else [B * 2, B])
     for n in (N, 1):

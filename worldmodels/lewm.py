@@ -28,7 +28,7 @@ from worldmodels.encoder import (
     random_shift,
 )
 from worldmodels.heads import ContinueHead, ScalarHead, mlp_trunk
-from worldmodels.interface import Batch, CachingPredictor, Metrics, Predictor, WorldModel
+from worldmodels.interface import Batch, CachingPredictor, Metrics, Predictor, State, WorldModel
 from worldmodels.predictor import WindowConfig, WindowPredictor
 from worldmodels.sigreg import effective_rank, random_directions, sigreg
 from worldmodels.transformer import TransformerConfig, TransformerPredictor
@@ -221,7 +221,7 @@ class LeWorldModel(WorldModel):
             cache=cache,
         )
 
-    def futures(self, state: LeWMState) -> Callable[[int], LeWMState | LeWMFuture]:
+    def futures(self, state: LeWMState) -> Callable[[int], State]:
         copies = super().futures(state)
         # In train mode dropout draws anew for each window, which a cache cannot.
         if self.training or not isinstance(self.predictor, CachingPredictor):

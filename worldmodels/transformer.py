@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,8 @@ class TransformerCache(NamedTuple):
 
     shared: list[_Shared]
     """Entry s: what is left of the observed tokens once the window has slid by s; the last is empty."""
-    count: int
-    """Steps imagined."""
+    imagined: int
+    """Steps so far."""
     steps: tuple[_Step, ...]
     """Those that the window may still hold, at most K."""
     keys: list[_Keys] | None
@@ -156,14 +156,14 @@ class TransformerPredictor(nn.Module):
         window are computed again; their modulations, and what was observed, are not.
         """
         observed = len(cache.shared) - 1
-        slid = observed + 1 + cache.count - self.history
+        slid = observed + 1 + cache.imagined - self.history
         shared = cache.shared[min(max(slid, 0), observed)]
         b = len(shared.visible)
         condition = F.silu(self.embed_action(action)).view(b, -1, 1, z.shape[-1])
-        new = _Step(z.view_as(condition), [block.modulation(condition) for block in self.blocks])
+        new = _Step(z.view_as(condition), [block.modulation(condition) for block in self._layers()])
         steps = (*cache.steps, new)[-self.history :]
         fed, past = (steps, None) if slid > 0 else ((new,), cache.keys)
-        known = cache.count if slid <= 0 else 0
+        known = cache.imagined if slid <= 0 else 0
         own = torch.arange(known + len(fed), device=z.device)
         position = self.position[shared.position[:, None] + own[known:]]
         visible = torch.cat(
@@ -177,7 +177,10 @@ class TransformerPredictor(nn.Module):
         modulation = [_join(blocks) for blocks in zip(*(step.modulation for step in fed), strict=True)]
         hidden, keys = self._extend(x, modulation, visible, past, shared.keys)
         hidden = self.norm(hidden[:, :, 0]).flatten(0, 1)
-        return self.project(hidden), hidden, TransformerCache(cache.shared, cache.count + 1, steps, keys)
+        return self.project(hidden), hidden, TransformerCache(cache.shared, cache.imagined + 1, steps, keys)
+
+    def _layers(self) -> list[_AdaLNBlock]:
+        return cast(list[_AdaLNBlock], list(self.blocks))
 
     def _observed(
         self, z: Float[Tensor, "B C D"], action: Float[Tensor, "B C A"], valid: Bool[Tensor, "B C"]
@@ -187,7 +190,7 @@ class TransformerPredictor(nn.Module):
         row = torch.arange(z.shape[1], device=z.device)
         visible = ((row <= row[:, None]) & valid[:, None]) | (row == row[:, None])
         x = (z + self.position[(valid.cumsum(1) - 1).clamp(min=0)])[:, None]
-        _, keys = self._extend(x, [block.modulation(condition) for block in self.blocks], visible, None, None)
+        _, keys = self._extend(x, [block.modulation(condition) for block in self._layers()], visible, None, None)
         return _Shared(valid, valid.sum(1), keys)
 
     def _extend(
@@ -200,10 +203,12 @@ class TransformerPredictor(nn.Module):
     ) -> tuple[Float[Tensor, "B N 1 D"], list[_Keys]]:
         """Through all blocks: the newest token's features, and each block's keys of the past and these tokens."""
         keys = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._layers()):
             # Of the last block only the newest token's output counts.
             wanted = 1 if i == len(self.blocks) - 1 else x.shape[2]
-            x, known = block.extend(x, modulation[i], visible, wanted, past and past[i], shared and shared[i])
+            x, known = block.extend(
+                x, modulation[i], visible, wanted, past[i] if past else None, shared[i] if shared else None
+            )
             keys.append(known)
         return x, keys
 
