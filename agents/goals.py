@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from agents.mpc import repeat
 from agents.planner import Planner, shift
 from worldmodels.interface import State, WorldModel
 
@@ -71,13 +70,13 @@ class NearnessToGoal:
 
     def __init__(self, model: WorldModel, state: State, goal: Float[Tensor, "B D"], config: GoalSearchConfig) -> None:
         self.model = model
-        self.state = state
+        self.futures = model.futures(state)
         self.goal = goal
         self.config = config
 
     def __call__(self, candidates: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
         b, n, horizon, _ = candidates.shape
-        state, goal = repeat(self.state, n), self.goal.repeat_interleave(n, 0)
+        state, goal = self.futures(n), self.goal.repeat_interleave(n, 0)
         actions = candidates.flatten(0, 1)
         far = []
         for k in range(horizon):

@@ -77,13 +77,13 @@ class ImaginedReturn:
         self, model: WorldModel, state: State, discount: float, value: Callable[[Tensor], Tensor] | None
     ) -> None:
         self.model = model
-        self.state = state
+        self.futures = model.futures(state)
         self.discount = discount
         self.value = value
 
     def __call__(self, candidates: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
         b, n, horizon, _ = candidates.shape
-        state = repeat(self.state, n)
+        state = self.futures(n)
         actions = candidates.flatten(0, 1)
         feats = []
         for k in range(horizon):
@@ -95,11 +95,6 @@ class ImaginedReturn:
         for k in reversed(range(horizon)):
             total = reward[k] + kept[k] * total
         return total.view(b, n)
-
-
-def repeat(state: State, times: int) -> State:
-    """Every stream's memory ``times`` times over, row-major."""
-    return type(state)(*(x.repeat_interleave(times, 0) for x in state))
 
 
 class MPCCarry(NamedTuple):
@@ -163,7 +158,7 @@ class MPCAgent(DreamerAgent):
         count = self.mpc.proposals
         if not count:
             return None
-        state = repeat(state, count)
+        state = self.model.futures(state)(count)
         first = torch.arange(envs * count, device=self.device)[:, None] % count == 0
         actions = []
         for _ in range(self.mpc.horizon):

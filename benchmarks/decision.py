@@ -13,14 +13,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from agents.mpc import ImaginedReturn, MPCAgent, repeat
+from agents.goals import GoalSearchConfig, NearnessToGoal
+from agents.mpc import ImaginedReturn, MPCAgent
 from agents.planner import CEM, CEMConfig
+from benchmarks.peers import Peer, stable_worldmodel_decision
 from benchmarks.stopwatch import Measurement, Results, Stopwatch
-from worldmodels.interface import State, WorldModel
-from worldmodels.lewm import PAPER, LeWorldModel, build_world_model
+from worldmodels.lewm import PAPER, build_world_model
 
 Part = Literal["encode", "rollout", "score", "search"]
 Place = tuple[Any, str, Part]
@@ -92,26 +91,22 @@ def time_decision(agent: MPCAgent, obs: Any, watch: Stopwatch) -> Results:
     return _timed("plan/agent", decide, places, watch, note)
 
 
-class GoalDistance:
-    """Scores candidates by how near the last imagined latent comes to a goal's: −‖ẑ_H − z_goal‖²."""
-
-    def __init__(self, model: LeWorldModel, state: State, goal: Float[Tensor, "B D"]) -> None:
-        self.model: WorldModel = model
-        self.state = state
-        self.goal = goal
-
-    def __call__(self, candidates: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
-        b, n, horizon, _ = candidates.shape
-        state, actions = repeat(self.state, n), candidates.flatten(0, 1)
-        for k in range(horizon):
-            state = self.model.imagine(state, actions[:, k])
-        return -(state.z[:, -1].view(b, n, -1).float() - self.goal[:, None].float()).square().sum(-1)
+def published_peer(device: torch.device) -> Peer:
+    """stable-worldmodel's decision at the same setting. Raises PeerUnavailable."""
+    return stable_worldmodel_decision(
+        PAPER,
+        PUBLISHED,
+        horizon=PUBLISHED_HORIZON,
+        block=PUBLISHED_BLOCK,
+        actions=PUBLISHED_ACTIONS,
+        device=device,
+    )
 
 
 @torch.no_grad()
-def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
+def time_published_decision(watch: Stopwatch, *, bf16: bool, peer: Peer | None = None) -> Results:
     """One decision of the published LeWorldModel: ViT-tiny at 224×224, predictor of depth 6, CEM of 300 × 30 plans of 5
-    action blocks. Untrained weights, which take the same time."""
+    action blocks. Untrained weights, which take the same time. A peer is timed in turn with it."""
     torch.manual_seed(0)
     model = build_world_model((3, 224, 224), PUBLISHED_BLOCK * PUBLISHED_ACTIONS, PAPER).to(watch.device).eval()
     planner = CEM(PUBLISHED)
@@ -124,16 +119,27 @@ def time_published_decision(watch: Stopwatch, *, bf16: bool) -> Results:
         with torch.autocast(watch.device.type, torch.bfloat16, enabled=bf16):
             state = model.observe(model.initial(1), action, frames[:1], first)
             goal = model.encode(frames[1:])
-            planner.plan(GoalDistance(model, state, goal), mean, torch.ones_like(mean))
+            planner.plan(NearnessToGoal(model, state, goal, GoalSearchConfig()), mean, torch.ones_like(mean))
 
     places: list[Place] = [
         (model, "encode", "encode"),
         (model, "imagine", "rollout"),
-        (GoalDistance, "__call__", "score"),
+        (NearnessToGoal, "__call__", "score"),
     ]
     note = f"{PUBLISHED.samples}×{PUBLISHED.iterations}, H={PUBLISHED_HORIZON}, {'bf16' if bf16 else 'float32'}"
     # It takes seconds: one call is a repeat.
-    return _timed("plan/published", decide, places, Stopwatch(min(watch.repeats, 3), 1e-3, watch.device), note)
+    watch = Stopwatch(min(watch.repeats, 3), 1e-3, watch.device)
+    results = _timed("plan/published", decide, places, watch, note)
+    if peer is None:
+        return results
+    size = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("encoder.", "predictor.")))
+    ours, theirs = watch.in_turn([decide, peer.work])
+    sizes = f"{peer.parameters / 1e6:.1f}M parameters, ours {size / 1e6:.1f}M"
+    ratio = f"lowest of each: {theirs.low / ours.low:.2f}"  # type: ignore[operator]
+    results["plan/published"] = replace(ours, note=note)
+    results["plan/published_peer"] = replace(theirs, note=f"{peer.name}, LeWM and CEM as it ships; {sizes}")
+    results["plan/published_ratio"] = Measurement(theirs.value / ours.value, "×", note=f"its time over ours; {ratio}")
+    return results
 
 
 def _timed(name: str, work: Callable[[], None], places: list[Place], watch: Stopwatch, note: str) -> Results:

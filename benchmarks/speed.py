@@ -29,7 +29,8 @@ from rich.console import Console
 from agents.dreamer import DreamerAgent, computes_bf16
 from agents.mpc import MPCAgent
 from agents.random import RandomAgent
-from benchmarks.decision import time_decision, time_published_decision
+from benchmarks.decision import published_peer, time_decision, time_published_decision
+from benchmarks.peers import PeerUnavailable
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
 from benchmarks.update_parts import PARTS, time_parts
@@ -50,6 +51,9 @@ class SpeedConfig:
     suite: Literal["all", "env", "replay", "update", "act", "plan", "published"] = "all"
     """What to measure. plan is one decision of the planning agent. published is one of LeWorldModel as published, which
     takes a processor a minute or more; all leaves it out."""
+    peers: bool = False
+    """Time stable-worldmodel's LeWM and CEM in turn with --suite published, and print its time over ours. Needs the
+    extra `.[peers]`."""
     json: Path | None = None
     """Write the figures here too, with the command, the date, the machine and the whole configuration."""
     processes: int = 0
@@ -172,7 +176,13 @@ def measure_plan(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results
 
 def measure_published(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
     """Milliseconds of one decision at the published LeWorldModel's setting, and of its parts."""
-    return time_published_decision(watch, bf16=computes_bf16(watch.device))
+    peer = None
+    if options.peers:
+        try:
+            peer = published_peer(watch.device)
+        except PeerUnavailable as error:
+            print(error, file=sys.stderr)
+    return time_published_decision(watch, bf16=computes_bf16(watch.device), peer=peer)
 
 
 SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
@@ -287,6 +297,8 @@ def report(run: Config, results: Results, command: str) -> dict[str, Any]:
 
 
 def _check_options(options: SpeedConfig) -> None:
+    if options.peers and options.suite != "published":
+        raise ConfigError(f"--peers is of --suite published; --suite {options.suite} has no peer")
     refuse_below(
         [
             ("--processes", options.processes, 0),

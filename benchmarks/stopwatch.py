@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -59,6 +59,14 @@ class Stopwatch:
         """Milliseconds a call."""
         times = [1000 / calls for calls in reversed(self.calls_per_s(work))]
         return Measurement(median(times), "ms", times[0], times[-1])
+
+    def in_turn(self, works: Sequence[Callable[[], Any]]) -> list[Measurement]:
+        """Milliseconds a call of each, one call of every work after the other, so that what else the machine does meets
+        all of them alike."""
+        for work in works:
+            work()
+        times = [[1000 * self._time(work, 1) for work in works] for _ in range(self.repeats)]
+        return [Measurement(median(each), "ms", min(each), max(each)) for each in zip(*times, strict=True)]
 
     def _time(self, work: Callable[[], Any], calls: int) -> float:
         self._wait()

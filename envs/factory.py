@@ -17,6 +17,7 @@ from gymnasium.envs.registration import registry
 
 from envs import dmc
 from envs.camera import Camera, apply_profile, fixed_view
+from envs.manipulation import is_manipulation, make_manipulation
 from envs.physics import WithPhysics
 from envs.wrappers import Divergence, Episodes, Pictures
 
@@ -169,6 +170,15 @@ def _make_dmc(task: Task, config: EnvConfig) -> gym.Env:
 
 def _make_gym(task: Task, config: EnvConfig) -> gym.Env:
     """A Gymnasium task with its own time limit, whose ``render`` gives a square picture."""
+    if is_manipulation(task.name):
+        return make_manipulation(
+            task.name,
+            config.obs,
+            size=config.size,
+            profile=config.render,
+            camera=config.camera,
+            time_limit=config.time_limit,
+        )
     is_mujoco = task.suite == "mujoco" or task.name in _mujoco_ids("v4", "v5")
     own_rendering = {} if is_mujoco or config.obs == "state" else {"render_mode": "rgb_array"}
     env = gym.make(task.name, max_episode_steps=config.time_limit, disable_env_checker=True, **own_rendering)

@@ -13,7 +13,6 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.envs.mujoco import MujocoEnv
 from jaxtyping import Float64
 
 from envs.dmc import DMCEnv
@@ -48,9 +47,11 @@ def simulation(env: gym.Env) -> tuple[mujoco.MjModel, mujoco.MjData]:
     base = env.unwrapped
     if isinstance(base, DMCEnv):
         return base.simulation
-    if isinstance(base, MujocoEnv):
-        return base.model, base.data
-    raise NoPhysics(f"{type(base).__name__} has no MuJoCo simulation; physical states exist on dmc/ and mujoco/ tasks")
+    if isinstance(getattr(base, "model", None), mujoco.MjModel):  # Gymnasium's own tasks, OGBench's
+        return base.model, base.data  # type: ignore[attr-defined]
+    raise NoPhysics(
+        f"{type(base).__name__} has no MuJoCo simulation; physical states exist on dmc/, mujoco/ and OGBench's tasks"
+    )
 
 
 def physical_state(env: gym.Env) -> Float64[np.ndarray, " S"]:

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +25,14 @@ from torch.autograd.profiler_util import FunctionEvent
 from agents.dreamer import DreamerAgent, DreamerConfig
 from benchmarks import curves, speed
 from benchmarks.decision import PARTS as DECISION_PARTS
-from benchmarks.decision import GoalDistance, PartClock
+from benchmarks.decision import PartClock, published_peer
+from benchmarks.peers import PeerUnavailable
 from benchmarks.plot import mean_curve, read_references
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
 from runners.config import Config, build_agent, parse_args, presets, to_json
-from worldmodels.encoder import ConvConfig
 from worldmodels.interface import Batch
-from worldmodels.lewm import LeWMConfig, build_world_model
 
 HEADER = "task,agent,seed,env_steps,wall_s,mean_return,std,min,max,episodes,render,action_repeat,preset"
 
@@ -469,18 +469,26 @@ def test_time_is_charged_to_the_innermost_part(monkeypatch: pytest.MonkeyPatch) 
     assert clock.read() == {"search": 0.0}
 
 
-def test_the_nearest_imagined_latent_scores_highest() -> None:
-    torch.manual_seed(0)
-    model = build_world_model((3,), 2, LeWMConfig(latent_dim=4, conv=ConvConfig(hidden=8))).eval()
-    state = model.observe(model.initial(1), torch.zeros(1, 2), torch.randn(1, 3), torch.ones(1, dtype=torch.bool))
-    plans = torch.rand(1, 5, 3, 2) * 2 - 1
-    reached = state
-    for k in range(3):
-        reached = model.imagine(reached, plans[:, 2, k])
-    scores = GoalDistance(model, state, reached.z[:, -1].detach())(plans)
-    assert scores.shape == (1, 5)
-    assert scores[0, 2].item() == pytest.approx(0, abs=1e-9)
-    assert scores.argmax() == 2
+def test_works_are_timed_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, []
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def work(name: str) -> None:
+        nonlocal now
+        calls.append(name)
+        now += {"a": 1.0, "b": 0.5}[name] * len(calls)
+
+    a, b = Stopwatch(3, 1.0, torch.device("cpu")).in_turn([lambda: work("a"), lambda: work("b")])
+    assert calls == ["a", "b"] * 4
+    # The third, fifth and seventh call are a's.
+    assert (a.low, a.value, a.high) == (3000, 5000, 7000)
+    assert (b.low, b.value, b.high) == (2000, 3000, 4000)
+
+
+def test_a_peer_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "stable_worldmodel", None)
+    with pytest.raises(PeerUnavailable, match=r"cannot be used here: ModuleNotFoundError.*\.\[peers\]"):
+        published_peer(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -490,6 +498,7 @@ def test_the_nearest_imagined_latent_scores_highest() -> None:
         (["--preset", "cup"], "The closest: cpu"),
         (["--task", "dmc/cartpole-swingpu"], "The closest: dmc/cartpole-swingup"),
         (["--suite", "update", "--agent", "random"], "--agent random does not learn"),
+        (["--suite", "update", "--peers"], "--peers is of --suite published"),
         (["--suite", "replay", "--env.obs", "both"], "a replay holds --env.obs pixels or state"),
     ],
 )

@@ -15,6 +15,7 @@ Gymnasium's NEXT_STEP autoreset yields exactly these rows. A model's memory neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Shaped
@@ -65,6 +66,21 @@ class Predictor(Protocol):
         ...
 
 
+@runtime_checkable
+class CachingPredictor(Predictor, Protocol):
+    """A predictor that can keep, between the imagined steps of many futures, what it would compute again."""
+
+    def recall(self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K1 A"], valid: Bool[Tensor, "B K"]) -> Any:
+        """A cache of what was observed. ``action`` is what left between the K latents."""
+        ...
+
+    def step(
+        self, cache: Any, z: Float[Tensor, "R D"], action: Float[Tensor, "R A"]
+    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R F"], Any]:
+        """What calling it with whole windows answers, and the next cache, for R/B futures of each stream, row-major."""
+        ...
+
+
 class WorldModel(nn.Module):
     """What an agent needs of a world model. ``feat_dim`` is the size F of ``feat``."""
 
@@ -87,6 +103,11 @@ class WorldModel(nn.Module):
     def imagine(self, state: State, action: Float[Tensor, "B A"]) -> State:
         """One imagined step."""
         raise NotImplementedError
+
+    def futures(self, state: State) -> Callable[[int], State]:
+        """Many futures of one memory: called with n, the answer is every stream's memory n times over, row-major, to
+        imagine from. What they have in common is worked out once, here. ``state`` has been observed, not imagined."""
+        return lambda n: type(state)(*(x.repeat_interleave(n, 0) for x in state))
 
     def feat(self, state: State) -> Float[Tensor, "B F"]:
         """What the heads, the policy and the critic read."""

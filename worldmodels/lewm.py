@@ -10,8 +10,9 @@ and reward and continue heads on real and on rolled-out states. A weight of 0 re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -27,7 +28,7 @@ from worldmodels.encoder import (
     random_shift,
 )
 from worldmodels.heads import ContinueHead, ScalarHead, mlp_trunk
-from worldmodels.interface import Batch, Metrics, Predictor, WorldModel
+from worldmodels.interface import Batch, CachingPredictor, Metrics, Predictor, State, WorldModel
 from worldmodels.predictor import WindowConfig, WindowPredictor
 from worldmodels.sigreg import effective_rank, random_directions, sigreg
 from worldmodels.transformer import TransformerConfig, TransformerPredictor
@@ -99,6 +100,18 @@ class LeWMState(NamedTuple):
     action: Float[Tensor, "B K1 A"]
     valid: Bool[Tensor, "B K"]
     hidden: Float[Tensor, "B F"]
+
+
+class LeWMFuture(NamedTuple):
+    """A memory that is only imagined on, with what its predictor keeps between steps in place of the actions."""
+
+    z: Float[Tensor, "B K D"]
+    valid: Bool[Tensor, "B K"]
+    hidden: Float[Tensor, "B F"]
+    cache: Any
+
+
+Memory = TypeVar("Memory", LeWMState, LeWMFuture)
 
 
 class LeWMEmbedded(NamedTuple):
@@ -196,8 +209,30 @@ class LeWorldModel(WorldModel):
             hidden=torch.where(keep & state.valid[:, -1:], predicted.hidden.float(), 0.0),
         )
 
-    def imagine(self, state: LeWMState, action: Float[Tensor, "B A"]) -> LeWMState:
-        return self._advance(state, action, None)
+    def imagine(self, state: Memory, action: Float[Tensor, "B A"]) -> Memory:
+        if not isinstance(state, LeWMFuture):
+            return self._advance(state, action, None)
+        assert isinstance(self.predictor, CachingPredictor)
+        newest, hidden, cache = self.predictor.step(state.cache, state.z[:, -1], action)
+        return LeWMFuture(
+            z=torch.cat([state.z[:, 1:], newest[:, None]], 1),
+            valid=torch.cat([state.valid[:, 1:], torch.ones_like(state.valid[:, :1])], 1),
+            hidden=hidden,
+            cache=cache,
+        )
+
+    def futures(self, state: LeWMState) -> Callable[[int], State]:
+        copies = super().futures(state)
+        # In train mode dropout draws anew for each window, which a cache cannot.
+        if self.training or not isinstance(self.predictor, CachingPredictor):
+            return copies
+        cache = self.predictor.recall(state.z, state.action, state.valid)
+
+        def begin(n: int) -> LeWMFuture:
+            z, _, valid, hidden = copies(n)
+            return LeWMFuture(z, valid, hidden, cache)
+
+        return begin
 
     def _advance(self, state: LeWMState, action: Tensor, z: Tensor | None) -> LeWMState:
         """Push ``action`` and the next latent (the predicted one where ``z`` is None) into the window."""
@@ -211,11 +246,11 @@ class LeWorldModel(WorldModel):
             hidden=hidden,
         )
 
-    def feat(self, state: LeWMState) -> Float[Tensor, "B F"]:
+    def feat(self, state: LeWMState | LeWMFuture) -> Float[Tensor, "B F"]:
         moved = (state.z[:, 1:] - state.z[:, :-1]).masked_fill(~state.valid[:, :-1, None], 0.0)
         return torch.cat([state.z[:, -1], moved.flatten(1), state.hidden], -1)
 
-    def latent(self, state: LeWMState) -> Float[Tensor, "B D"]:
+    def latent(self, state: LeWMState | LeWMFuture) -> Float[Tensor, "B D"]:
         return state.z[:, -1].float()
 
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
@@ -228,7 +263,7 @@ class LeWorldModel(WorldModel):
         read = self.head_trunk(feat)
         return self.reward_head(read), self.cont_head(read)
 
-    def settled(self, state: LeWMState) -> Bool[Tensor, " B"]:
+    def settled(self, state: LeWMState | LeWMFuture) -> Bool[Tensor, " B"]:
         return state.valid.all(1)
 
     def encode(self, obs: Shaped[Tensor, "N *obs"]) -> Float[Tensor, "N D"]:

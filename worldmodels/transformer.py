@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,44 @@ class TransformerConfig:
     """Dropped share of attention weights and of the outputs of attention and MLP, in train mode."""
     projector: int = 2048
     """Hidden units of the BatchNorm projector from the last token to the predicted latent."""
+
+
+class _Keys(NamedTuple):
+    """What one block lets later tokens see of L tokens. N is 1 where all futures of a stream share them."""
+
+    k: Float[Tensor, "B N L heads d"]
+    v: Float[Tensor, "B N L heads d"]
+
+
+class _Shared(NamedTuple):
+    """The observed tokens of a window: what all futures of a stream see before their own tokens."""
+
+    visible: Bool[Tensor, "B C"]
+    position: Int[Tensor, " B"]
+    """Of the first token after them."""
+    keys: list[_Keys] | None
+    """Each block's. None: there are no tokens."""
+
+
+class _Step(NamedTuple):
+    """A future's own token, before any block; kept, because it gets another position when the window slides."""
+
+    z: Float[Tensor, "B N 1 D"]
+    modulation: list[Float[Tensor, "B N 1 6*D"]]
+    """Each block's: they follow from the action alone."""
+
+
+class TransformerCache(NamedTuple):
+    """N futures of each of B streams, some steps on. See :meth:`TransformerPredictor.recall`."""
+
+    shared: list[_Shared]
+    """Entry s: what is left of the observed tokens once the window has slid by s; the last is empty."""
+    imagined: int
+    """Steps so far."""
+    steps: tuple[_Step, ...]
+    """Those that the window may still hold, at most K."""
+    keys: list[_Keys] | None
+    """Each block's, of all own tokens in the window. None before the first step."""
 
 
 class TransformerPredictor(nn.Module):
@@ -88,6 +128,90 @@ class TransformerPredictor(nn.Module):
         hidden = self._tokens(z, action, position, (age >= 0) & (age <= position[..., None]))
         return self.project(hidden.flatten(0, 1)).view(b, t, -1), hidden
 
+    # -- many futures of one memory ------------------------------------------------------------------------------------
+
+    def recall(
+        self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K1 A"], valid: Bool[Tensor, "B K"]
+    ) -> TransformerCache:
+        """The cache that :meth:`step` begins with: keys and values of what has been observed, once for all futures.
+
+        ``action`` is what left between the K latents; the newest latent's own is the first that a future takes. Every
+        stream must have observed something. Waits for the device, to learn how long the longest memory is.
+        """
+        rows = int(valid.sum(1).max()) - 1
+        first = self.history - 1 - rows
+        z, action, valid = z[:, first:-1], action[:, first:], valid[:, first:-1]
+        shared = [self._observed(z[:, s:], action[:, s:], valid[:, s:]) for s in range(rows)]
+        nothing = _Shared(valid[:, :0], torch.zeros(len(z), dtype=torch.long, device=z.device), None)
+        return TransformerCache([*shared, nothing], 0, (), None)
+
+    def step(
+        self, cache: TransformerCache, z: Float[Tensor, "R D"], action: Float[Tensor, "R A"]
+    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R D"], TransformerCache]:
+        """What :meth:`forward` answers for futures whose newest latent is ``z``, and the cache of the next step.
+
+        Row-major over streams, then futures; always as many. In eval mode only, since dropout is left out. While the
+        window fills, the new token alone is computed, and sees the others' keys. Once it slides, each token has another
+        position and one fewer before it, so that no key is what it was, and all of the future's own tokens in the
+        window are computed again; their modulations, and what was observed, are not.
+        """
+        observed = len(cache.shared) - 1
+        slid = observed + 1 + cache.imagined - self.history
+        shared = cache.shared[min(max(slid, 0), observed)]
+        b = len(shared.visible)
+        condition = F.silu(self.embed_action(action)).view(b, -1, 1, z.shape[-1])
+        new = _Step(z.view_as(condition), [block.modulation(condition) for block in self._layers()])
+        steps = (*cache.steps, new)[-self.history :]
+        fed, past = (steps, None) if slid > 0 else ((new,), cache.keys)
+        known = cache.imagined if slid <= 0 else 0
+        own = torch.arange(known + len(fed), device=z.device)
+        position = self.position[shared.position[:, None] + own[known:]]
+        visible = torch.cat(
+            [
+                shared.visible[:, None].expand(-1, len(fed), -1),
+                (own <= own[known:, None]).expand(b, -1, -1),
+            ],
+            -1,
+        )
+        x = _join([step.z for step in fed]) + position[:, None]
+        modulation = [_join(blocks) for blocks in zip(*(step.modulation for step in fed), strict=True)]
+        hidden, keys = self._extend(x, modulation, visible, past, shared.keys)
+        hidden = self.norm(hidden[:, :, 0]).flatten(0, 1)
+        return self.project(hidden), hidden, TransformerCache(cache.shared, cache.imagined + 1, steps, keys)
+
+    def _layers(self) -> list[_AdaLNBlock]:
+        return cast(list[_AdaLNBlock], list(self.blocks))
+
+    def _observed(
+        self, z: Float[Tensor, "B C D"], action: Float[Tensor, "B C A"], valid: Bool[Tensor, "B C"]
+    ) -> _Shared:
+        z = torch.where(valid[..., None], z, 0.0)
+        condition = F.silu(self.embed_action(torch.where(valid[..., None], action, 0.0)))[:, None]
+        row = torch.arange(z.shape[1], device=z.device)
+        visible = ((row <= row[:, None]) & valid[:, None]) | (row == row[:, None])
+        x = (z + self.position[(valid.cumsum(1) - 1).clamp(min=0)])[:, None]
+        _, keys = self._extend(x, [block.modulation(condition) for block in self._layers()], visible, None, None)
+        return _Shared(valid, valid.sum(1), keys)
+
+    def _extend(
+        self,
+        x: Float[Tensor, "B N M D"],
+        modulation: list[Float[Tensor, "B N M 6*D"]],
+        visible: Bool[Tensor, "B M L"],
+        past: list[_Keys] | None,
+        shared: list[_Keys] | None,
+    ) -> tuple[Float[Tensor, "B N 1 D"], list[_Keys]]:
+        """Through all blocks: the newest token's features, and each block's keys of the past and these tokens."""
+        keys = []
+        for i, block in enumerate(self._layers()):
+            # Of the last block only the newest token's output counts.
+            wanted = 1 if i == len(self.blocks) - 1 else x.shape[2]
+            x, known = block.extend(
+                x, modulation[i], visible, wanted, past[i] if past else None, shared[i] if shared else None
+            )
+            keys.append(known)
+        return x, keys
+
     def _tokens(
         self,
         z: Float[Tensor, "B L D"],
@@ -134,9 +258,54 @@ class _AdaLNBlock(nn.Module):
         x = x + gate1 * self._attention(self.norm(x) * (1 + scale1) + shift1, visible)
         return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
+    def extend(
+        self,
+        x: Float[Tensor, "B N M D"],
+        modulation: Float[Tensor, "B N M 6*D"],
+        visible: Bool[Tensor, "B M L"],
+        wanted: int,
+        past: _Keys | None,
+        shared: _Keys | None,
+    ) -> tuple[Float[Tensor, "B N W D"], _Keys]:
+        """The last ``wanted`` tokens' outputs, and the keys of ``past`` and these tokens. L counts those of ``shared``
+        first, then past, then these. Without dropout."""
+        shift, scale = modulation.chunk(6, -1)[:2]
+        inner = torch.addcmul(shift, self.norm(x), 1 + scale)
+        q, k, v = self.qkv(inner).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        keys = _Keys(k, v) if past is None else _Keys(torch.cat([past.k, k], 2), torch.cat([past.v, v], 2))
+        x, q = x[:, :, -wanted:], q[:, :, -wanted:]
+        gate, shift2, scale2, gate2 = modulation[:, :, -wanted:].chunk(6, -1)[2:]
+        x = torch.addcmul(x, gate, self.out(_attend(q, keys, shared, visible[:, -wanted:])))
+        inner = torch.addcmul(shift2, self.norm(x), 1 + scale2)
+        return torch.addcmul(x, gate2, self.mlp(inner)), keys
+
     def _attention(self, x: Tensor, visible: Tensor) -> Tensor:
         b, length, _ = x.shape
         q, k, v = self.qkv(x).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
         return self.out(attended.transpose(1, 2).reshape(b, length, -1))
+
+
+def _join(tokens: Sequence[Float[Tensor, "B N 1 X"]]) -> Float[Tensor, "B N M X"]:
+    return tokens[0] if len(tokens) == 1 else torch.cat(list(tokens), 2)
+
+
+def _attend(
+    q: Float[Tensor, "B N M heads d"], own: _Keys, shared: _Keys | None, visible: Bool[Tensor, "B M L"]
+) -> Float[Tensor, "B N M inner"]:
+    """Attention over few tokens: products and sums, because a matrix product for each future and head is too small to
+    be worth its call. What is shared is never copied for each future."""
+    logits = torch.stack([(q * k[:, :, None]).sum(-1) for k in own.k.unbind(2)], 3)
+    if shared is not None:
+        logits = torch.cat([torch.einsum("bnmhd,blhd->bnmlh", q, shared.k[:, 0]), logits], 3)
+    logits = logits.float() * q.shape[-1] ** -0.5
+    weight = logits.masked_fill(~visible[:, None, :, :, None], -torch.inf).softmax(3).to(q.dtype)
+    before = weight.shape[3] - own.k.shape[2]
+    first, *others = zip(weight[:, :, :, before:, :, None].unbind(3), own.v[:, :, :, None].unbind(2), strict=True)
+    attended = first[0] * first[1]
+    for w, v in others:
+        attended = torch.addcmul(attended, w, v)
+    if shared is not None:
+        attended = attended + torch.einsum("bnmlh,blhd->bnmhd", weight[:, :, :, :before], shared.v[:, 0])
+    return attended.flatten(-2)

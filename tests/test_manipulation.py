@@ -1,0 +1,70 @@
+"""OGBench's cubes: seeded scenes, pictures by our camera, and the physical state behind them."""
+
+import numpy as np
+import pytest
+
+from envs import EnvConfig, make_env
+from envs.physics import physical_names, physical_state, physical_units, set_physical_state, simulation
+from runners.goals import Match, Tolerance
+
+pytest.importorskip("ogbench", reason="needs the extra ogbench")
+
+TASK = "gym/ogbench:visual-cube-single-v0"
+CUBE = [f"qpos/object_joint_0[{i}]" for i in range(3)]
+SMALL = EnvConfig(physics=True, size=32)
+
+
+def test_a_seed_fixes_scene_and_pictures() -> None:
+    """Other episodes are other scenes, and what NumPy's global generator gives has no part in it."""
+    runs = []
+    for seed in (0, 1):
+        np.random.seed(seed)  # noqa: NPY002
+        env = make_env(TASK, SMALL, seed=3)
+        assert env.action_space.shape == (5,)
+        actions = np.random.default_rng(0).uniform(-1, 1, (4, 5)).astype(np.float32)
+        rows = [env.reset(seed=3)[0], *(env.step(action)[0] for action in actions), env.reset()[0]]
+        runs.append([np.concatenate([row[key].ravel() for row in rows]) for key in ("observation", "physics")])
+        states, names = [row["physics"] for row in rows], physical_names(env)
+        env.close()
+    for first, second in zip(*runs, strict=True):
+        np.testing.assert_array_equal(first, second)
+    columns = [names.index(name) for name in CUBE]
+    assert np.abs(states[0][columns] - states[-1][columns]).max() > 0.01
+    assert np.abs(states[0] - states[4]).max() > 0.01
+
+
+def test_a_moved_cube_is_seen_put_back_and_no_longer_at_its_goal() -> None:
+    env = make_env(TASK, SMALL, seed=3)
+    first = env.reset(seed=3)[0]
+    goal = physical_state(env)
+    names, units = physical_names(env), physical_units(env)
+    match = Match(names, units, CUBE, Tolerance(length=0.04))
+    moved = goal.copy()
+    moved[names.index(CUBE[1])] += 0.05
+    set_physical_state(env, moved)
+    assert not match.reached(physical_state(env), goal)
+    changed = np.abs(env.render().astype(int) - first["observation"].transpose(1, 2, 0)).max(-1) > 20
+    assert 2 <= changed.sum() <= 60, "the cube's old and new places, of 1024 pixels"
+    moved[names.index(CUBE[1])] -= 0.02
+    assert match.reached(moved, goal)
+    set_physical_state(env, goal)
+    assert np.abs(env.render().astype(int) - first["observation"].transpose(1, 2, 0)).max() <= 2
+    env.close()
+
+
+def test_nothing_but_time_ends_an_episode() -> None:
+    env = make_env(TASK, EnvConfig(size=16, time_limit=3), seed=0)
+    env.reset()
+    endings = [env.step(np.zeros(5, np.float32))[2:4] for _ in range(3)]
+    assert endings == [(False, False), (False, False), (False, True)]
+    env.close()
+
+
+def test_state_is_ogbenchs_and_both_is_refused() -> None:
+    env = make_env("gym/ogbench:cube-single-v0", EnvConfig(obs="state"), seed=0)
+    state, _ = env.reset()
+    _, data = simulation(env)
+    np.testing.assert_allclose(state[:6], data.qpos[:6], rtol=1e-6)
+    env.close()
+    with pytest.raises(ValueError, match="pixels or state, not both"):
+        make_env(TASK, EnvConfig(obs="both"))
