@@ -37,7 +37,7 @@ from runners.findings import find_effects, find_geometry, find_open_loop, find_p
 from runners.questions import QUESTIONS, PartName
 from runners.recordings import Recordings, follow, play
 from runners.report_page import page
-from runners.run import configure_torch
+from runners.session import configure_torch
 from runners.subject import Finding, Loaded, Subject, load, plan
 from runners.train import USER_ERRORS
 

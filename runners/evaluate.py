@@ -23,7 +23,8 @@ from envs.vector import VectorEnv
 from runners.config import ConfigError, build_agent, check, read_config, refuse_below, resolve_device
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
-from runners.run import configure_torch, find_checkpoint, load_agent
+from runners.run import find_checkpoint, load_agent
+from runners.session import configure_torch
 from runners.train import USER_ERRORS
 
 
@@ -71,9 +72,10 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
         ]
     )
     trained = read_config(path)
-    if config.agent is not None and trained.agent == "random":
+    if config.agent is not None and trained.agent not in ("dreamer", "mpc"):
         raise ConfigError(
-            f"{path} is a run of the random agent: it learned nothing that --agent {config.agent} could use"
+            f"{path} is a run of the {trained.agent} agent: it learned no world model that --agent {config.agent} "
+            "could use"
         )
     run = replace(trained, agent=config.agent or trained.agent, mpc=config.mpc)
     check(run)

@@ -37,7 +37,8 @@ from runners.goal_report import figures, protocol, table
 from runners.goals import Halves, Match, Pairs, choose_pairs, split_like_pretraining
 from runners.plan_config import PlanConfig, build_search, check, parse_args
 from runners.progress import Display
-from runners.run import configure_torch, find_checkpoint, load_agent
+from runners.run import find_checkpoint, load_agent
+from runners.session import configure_torch
 from runners.train import USER_ERRORS
 from runners.transfer import other_sight
 from worldmodels.lewm import LeWorldModel
