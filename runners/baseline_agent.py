@@ -16,7 +16,9 @@ from sb3_contrib import TQC
 from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 from torch import Tensor
 
@@ -119,18 +121,23 @@ def load_statistics(statistics: RunningMeanStd, state: dict[str, Any]) -> None:
 
 
 def build_baseline(
-    config: Config, observations: gym.spaces.Box, actions: gym.spaces.Box, device: torch.device, num_envs: int
+    config: Config, observations: gym.Space, actions: gym.Space, device: torch.device, num_envs: int
 ) -> BaselineAgent:
-    """The model that ``config.agent`` names, seeded, for single environments with these spaces.
+    """The model that ``config.agent`` names, seeded, for single environments with these spaces, both flat boxes or
+    pictures.
 
     Args:
         num_envs: environments that it learns in; of no account where it only acts.
     """
+    assert isinstance(observations, gym.spaces.Box)
+    assert isinstance(actions, gym.spaces.Box)
     settings = config.baseline
     pixels = len(observations.shape) == 3
     frames = settings.frames if pixels else None
     if frames is not None:
-        observations = StackedObservations(1, frames, observations, "first").stacked_observation_space
+        stacked = StackedObservations(1, frames, observations, "first").stacked_observation_space
+        assert isinstance(stacked, gym.spaces.Box)
+        observations = stacked
     policy = "CnnPolicy" if pixels else "MlpPolicy"
     common = {"env": None, "seed": config.seed, "device": device, "_init_setup_model": False}
     statistics = None
@@ -139,18 +146,20 @@ def build_baseline(
         statistics = None if pixels else RunningMeanStd(shape=observations.shape)
     else:
         model = _off_policy(policy, settings, actions.shape[0], num_envs, common)
+        model.batch_size = settings.pixel_batch if pixels else settings.batch
     model.observation_space, model.action_space, model.n_envs = observations, actions, num_envs
     model._setup_model()
+    if pixels and isinstance(model, OffPolicyAlgorithm):
+        _share_convolutions(model, settings.learning_rate)
     return BaselineAgent(model, frames, statistics)
 
 
 def _off_policy(
     policy: str, settings: OffPolicyConfig, action_dim: int, num_envs: int, common: dict[str, Any]
-) -> BaseAlgorithm:
+) -> OffPolicyAlgorithm:
     shared = common | {
         "buffer_size": 1,  # RowBuffer takes its place
         "learning_rate": settings.learning_rate,
-        "batch_size": settings.batch,
         "gradient_steps": settings.updates * num_envs,
         "gamma": settings.discount,
         "tau": settings.tau,
@@ -165,6 +174,35 @@ def _off_policy(
         networks["n_quantiles"] = settings.quantiles
         return TQC(policy, policy_kwargs=networks, top_quantiles_to_drop_per_net=settings.dropped, **shared)
     return SAC(policy, policy_kwargs=networks, **shared)
+
+
+class Borrowed(BaseFeaturesExtractor):
+    """Another network's features, without a gradient into them."""
+
+    def __init__(self, owner: BaseFeaturesExtractor) -> None:
+        super().__init__(owner._observation_space, owner.features_dim)
+        self._owner = (owner,)  # not a part of this module, so that its weights are saved and learned where they belong
+
+    def forward(self, obs: Float[Tensor, "B *obs"]) -> Float[Tensor, "B F"]:
+        with torch.no_grad():
+            return self._owner[0](obs)
+
+
+def _share_convolutions(model: OffPolicyAlgorithm, learning_rate: float) -> None:
+    """The critic's convolutions serve the policy too, and learn from the critic's loss alone: from the policy's they
+    learn worse (SAC-AE, Yarats et al. 2019, section 4.3; DrQ). Stable-Baselines3 gives each its own."""
+    policy: Any = model.policy
+    policy.actor.features_extractor = Borrowed(policy.critic.features_extractor)
+    policy.actor.optimizer = policy.optimizer_class(policy.actor.parameters(), lr=learning_rate)
+    if isinstance(model, TD3):
+        policy.actor_target.features_extractor = Borrowed(policy.critic_target.features_extractor)
+        return
+
+    def stop_policy_gradient(critic: Any, inputs: tuple[Tensor, Tensor]) -> None:
+        # It would be thrown away, at the price of a third of the update. This flag of the critic's stops it.
+        critic.share_features_extractor = inputs[1].requires_grad
+
+    policy.critic.register_forward_pre_hook(stop_policy_gradient)
 
 
 def _ppo(policy: str, settings: PPOConfig, num_envs: int, common: dict[str, Any]) -> BaseAlgorithm:

@@ -24,7 +24,9 @@ class OffPolicyConfig:
     learning_rate: float = 3e-4
     """Of Adam, for all networks (SB3, zoo)."""
     batch: int = 256
-    """Transitions in an update (SB3, zoo, DrQ-v2)."""
+    """Transitions in an update, from states (SB3, zoo)."""
+    pixel_batch: int = 64
+    """The same from pixels: what a CPU can do; the cuda preset has 256 (DrQ-v2)."""
     updates: int = 1
     """Updates per agent step; with E environments, E times as many per step of all (SB3, zoo)."""
     discount: float = 0.99

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from agents.interface import NonFiniteLoss
 from envs import action_repeat_of
-from runners.baseline_agent import CLIP_OBS, EPSILON, build_baseline, load_statistics, statistics_state
+from runners.baseline_agent import CLIP_OBS, EPSILON, BaselineAgent, build_baseline, load_statistics, statistics_state
 from runners.baseline_buffer import RowBuffer
 from runners.baseline_config import OffPolicyConfig, PPOConfig
 from runners.checkpoint import CheckpointError
@@ -48,13 +48,13 @@ def train_baseline(config: Config, *, quiet: bool = False) -> Evaluation | None:
     newest = None
     with clear_disk_full(Path(config.run_dir)), BaselineRun(config, quiet=quiet) as run, StopOnSignal() as stop:
         if run.env_steps < config.env_steps:
-            # Agent steps are never more than env_steps, so that it is the callback that ends it.
             callback = _Between(run, stop)
-            run.model.learn(config.env_steps, callback, log_interval=None, reset_num_timesteps=False)  # type: ignore
+            run.learn(callback)
             if run.env_steps < config.env_steps:
                 run.save()
-                saved = (run.start or {})["env_steps"]
-                run.logger.message(f"stopped at {saved:,} env_steps and saved; the same command goes on from here")
+                assert run.start is not None  # or the callback had gone on
+                at = run.start["env_steps"]
+                run.logger.message(f"stopped at {at:,} env_steps and saved; the same command goes on from here")
                 return None
             newest = callback.after_step()
         return finish(run, newest)
@@ -75,7 +75,8 @@ class BaselineRun(Session):
         self._open_envs(opened)
         observations, actions = self.envs.single_observation_space, self.envs.single_action_space
         agent = build_baseline(config, observations, actions, self.device, config.num_envs)
-        self.agent, self.model = agent, agent.model
+        self.agent: BaselineAgent = agent
+        self.model: Any = agent.model  # on-policy or off-policy
         self.meter = Meter()
         self.model.set_logger(_Losses(self.meter))
         if not resumed:
@@ -106,8 +107,8 @@ class BaselineRun(Session):
         replay.place(self.device, mirror={"auto": None, "host": False, "cuda": True}[config.replay_device])
         return RowBuffer(
             replay,
-            self.model.observation_space,  # type: ignore[arg-type]
-            self.model.action_space,  # type: ignore[arg-type]
+            self.model.observation_space,
+            self.model.action_space,
             frames=frames,
             shift=round(settings.shift * config.env.size / PICTURE),
             seed=config.seed,
@@ -122,9 +123,21 @@ class BaselineRun(Session):
                 env, norm_obs=frames is None, gamma=settings.discount, clip_obs=CLIP_OBS, epsilon=EPSILON
             )
             if frames is None:
-                assert self.agent.obs_statistics is not None
-                self._normalise.obs_rms = self.agent.obs_statistics
+                self._normalise.obs_rms = self.agent.obs_statistics  # type: ignore[assignment]
         return env
+
+    def learn(self, callback: BaseCallback) -> None:
+        """The model's own loop, until the callback ends it: agent steps are never more than env_steps.
+
+        Raises:
+            NonFiniteLoss: the learning diverged.
+        """
+        try:
+            self.model.learn(self.config.env_steps, callback, log_interval=None, reset_num_timesteps=False)
+        except ValueError as error:  # as PyTorch's distributions answer to a mean that is NaN
+            if all(torch.isfinite(weight).all() for weight in self.model.policy.parameters()):
+                raise
+            raise NonFiniteLoss(f"the weights of --agent {self.config.agent} are no longer finite: {error}") from error
 
     @property
     def env_steps(self) -> int:
@@ -143,9 +156,9 @@ class BaselineRun(Session):
             self.buffer.replay.flush()
         key = np.random.get_state(legacy=False)  # noqa: NPY002  Stable-Baselines3 draws from it
         return {
-            "envs": None if model._last_obs is None else self.envs.get_state(),
-            "last_obs": None if model._last_obs is None else torch.tensor(model._last_obs),
-            "episode_starts": None if model._last_obs is None else torch.tensor(model._last_episode_starts),
+            "envs": self.envs.get_state(),
+            "last_obs": torch.tensor(model._last_obs),
+            "episode_starts": torch.tensor(model._last_episode_starts),
             "running_return": torch.tensor(self.tasks.running_return),
             "env_steps": self.env_steps,
             "agent_steps": model.num_timesteps,
@@ -172,11 +185,10 @@ class BaselineRun(Session):
             if self.buffer is not None:
                 self.buffer.replay.truncate_to(start["replay"])
                 self.buffer.load_state_dict(start["buffer"])
-            if start["envs"] is not None:
-                self.envs.set_state(start["envs"])
-                model._last_obs = start["last_obs"].numpy()
-                model._last_episode_starts = start["episode_starts"].numpy()
-            if self._stack is not None and start["envs"] is not None:
+            self.envs.set_state(start["envs"])
+            model._last_obs = start["last_obs"].numpy()
+            model._last_episode_starts = start["episode_starts"].numpy()
+            if self._stack is not None:
                 self._stack.stacked_obs.stacked_obs = model._last_obs.copy()
             if self._normalise is not None:
                 _load_normalise(self._normalise, start["normalise"])
@@ -263,7 +275,7 @@ class _Losses(Logger):
             self.meter.add({name: torch.tensor(float(value))})
 
 
-def _normalise_state(normalise: VecNormalize) -> dict[str, Any]:
+def _normalise_state(normalise: Any) -> dict[str, Any]:
     return {
         "obs": statistics_state(normalise.obs_rms) if normalise.norm_obs else None,
         "returns": statistics_state(normalise.ret_rms),
@@ -271,7 +283,7 @@ def _normalise_state(normalise: VecNormalize) -> dict[str, Any]:
     }
 
 
-def _load_normalise(normalise: VecNormalize, state: dict[str, Any]) -> None:
+def _load_normalise(normalise: Any, state: dict[str, Any]) -> None:
     if normalise.norm_obs:
         load_statistics(normalise.obs_rms, state["obs"])
     load_statistics(normalise.ret_rms, state["returns"])

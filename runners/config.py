@@ -33,6 +33,8 @@ from runners.baseline_config import (
 from worldmodels.lewm import LeWMConfig, build_world_model
 
 AgentName = Literal["dreamer", "mpc", "random", "sac", "td3", "ppo", "tqc"]
+WORLD_MODEL_AGENTS = ("dreamer", "mpc")
+"""Those that learn a world model, which can be looked into, planned with and handed on."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Config:
     @property
     def baseline(self) -> Settings:
         """The settings of the agent, which is one of ``BASELINES``."""
-        return {"sac": self.sac, "td3": self.td3, "tqc": self.tqc, "ppo": self.ppo}[self.agent]
+        settings: dict[str, Settings] = {"sac": self.sac, "td3": self.td3, "tqc": self.tqc, "ppo": self.ppo}
+        return settings[self.agent]
 
 
 class ConfigError(ValueError):
@@ -131,6 +134,9 @@ def presets() -> dict[str, Config]:
             behaviour_lr=1e-4,
         ),
         loop=LoopConfig(train_ratio=512, length=64),
+        sac=SACConfig(pixel_batch=256),
+        td3=TD3Config(pixel_batch=256),
+        tqc=TQCConfig(pixel_batch=256),
     )
     return {"cpu": Config(), "cuda": cuda}
 
@@ -222,7 +228,7 @@ def check(config: Config) -> None:
         _check_baseline(config)
     repeat = action_repeat_of(config.task, config.env)
     rows = loop.prefill // (repeat * config.num_envs)
-    if config.agent in ("dreamer", "mpc") and rows < loop.length:
+    if config.agent in WORLD_MODEL_AGENTS and rows < loop.length:
         raise ConfigError(
             f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at "
             f"action repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; change one of them"
@@ -276,7 +282,7 @@ def _check_baseline(config: Config) -> None:
     if config.init_from is not None:
         raise ConfigError(f"--init-from gives a world model, which the {agent} agent does not have")
     least: dict[str, float] = dict.fromkeys(("batch", "updates", "capacity", "frames", "rollout", "epochs"), 1)
-    least |= {"batch": 2, "quantiles": 1} | dict.fromkeys(("dropped", "shift", "noise", "clip"), 0)
+    least |= {"batch": 2, "pixel_batch": 2, "quantiles": 1} | dict.fromkeys(("dropped", "shift", "noise", "clip"), 0)
     least |= dict.fromkeys(("learning_rate", "entropy", "value_weight", "max_grad_norm"), 0)
     values = dataclasses.asdict(settings)
     dashed = {name: f"--{agent}.{name.replace('_', '-')}" for name in values}

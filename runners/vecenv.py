@@ -153,7 +153,8 @@ class TaskVecEnv(VecEnv):
         self.running_return = np.zeros(envs.num_envs)
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
-    def reset(self) -> Shaped[np.ndarray, "E ..."]:
+    def reset(self) -> Any:
+        """(E, …), the first observations of new episodes."""
         return self.envs.reset()[0]
 
     def step_async(self, actions: Float[np.ndarray, "E A"]) -> None:

@@ -52,7 +52,12 @@ SMALL: dict[str, Any] = {
     "loop.checkpoint-every": 480,
 }
 for _agent in ("sac", "td3", "tqc"):
-    SMALL |= {f"{_agent}.batch": 16, f"{_agent}.units": (16, 16), f"{_agent}.capacity": 120}
+    SMALL |= {
+        f"{_agent}.batch": 16,
+        f"{_agent}.pixel-batch": 16,
+        f"{_agent}.units": (16, 16),
+        f"{_agent}.capacity": 120,
+    }
 SMALL |= {"ppo.rollout": 48, "ppo.batch": 16, "ppo.epochs": 2, "ppo.units": (16, 16)}
 """200 agent steps of cartpole, ten episodes; three evaluations."""
 
@@ -96,10 +101,11 @@ def test_our_environments_as_stable_baselines_has_them() -> None:
 
 def test_environments_that_end_at_different_times_go_on_alone() -> None:
     with closing(TaskVecEnv(VectorEnv(f"{MOODY}Moody-v0", EnvConfig(obs="state"), 3, seed=1, processes=False))) as env:
-        expected = env.reset()
+        expected: Any = env.reset()
         seen = set()
         for _ in range(30):
-            obs, _, done, infos = env.step(np.zeros((3, 1), np.float32))
+            answer: Any = env.step(np.zeros((3, 1), np.float32))
+            obs, _, done, infos = answer
             expected[:, 0] += 1
             for i in range(3):
                 if done[i]:
@@ -196,7 +202,8 @@ def test_stacked_pictures_are_those_of_vec_frame_stack(tmp_path: Path) -> None:
             inner.action_space,
             CPU,
         )
-        stacked, is_first, carry = env.reset(), np.array([True]), agent.initial(1)
+        stacked: Any = env.reset()
+        is_first, carry = np.array([True]), agent.initial(1)
         for _ in range(12):
             action, carry = agent.act(stacked[:, -3:].copy(), is_first, carry, explore=False)
             assert (carry.numpy() == stacked).all()
@@ -228,7 +235,7 @@ def test_states_are_normalised_as_vec_normalize_does() -> None:
     with closing(VecNormalize(inner)) as env:
         agent = build_baseline(settings, inner.observation_space, inner.action_space, CPU, 2)
         assert isinstance(agent, Agent)
-        env.obs_rms = agent.obs_statistics
+        env.obs_rms = agent.obs_statistics  # type: ignore[assignment]
         env.reset()
         for _ in range(40):
             normalised = env.step(np.zeros((2, 1), np.float32))[0]
@@ -237,6 +244,29 @@ def test_states_are_normalised_as_vec_normalize_does() -> None:
         action, _ = agent.act(obs, np.zeros(2, bool), (), explore=False)
         expected, _ = agent.model.policy.predict(normalised, deterministic=True)
         assert (action == expected).all()
+
+
+@pytest.mark.parametrize("name", ["sac", "td3", "tqc"])
+def test_convolutions_learn_from_the_critic_alone(name: str) -> None:
+    """And serve the policy, whose optimiser does not hold them."""
+    settings = parse_args(["--agent", name, "--env.size", "36", f"--{name}.units", "8"])
+    pictures, actions = gym.spaces.Box(0, 255, (3, 36, 36), np.uint8), gym.spaces.Box(-1, 1, (2,), np.float32)
+    agent = build_agent(settings, pictures, actions, CPU)
+    assert isinstance(agent, BaselineAgent)
+    policy: Any = agent.model.policy
+    weights = list(policy.critic.features_extractor.parameters())
+    obs = torch.randint(0, 256, (4, 9, 36, 36), dtype=torch.uint8)
+    chosen = policy.actor(obs)
+    value = policy.critic.q1_forward(obs, chosen) if name == "td3" else policy.critic(obs, chosen)[0]
+    value.sum().backward()
+    assert all(weight.grad is None for weight in weights)
+    assert all(weight.grad is not None for weight in policy.actor.mu.parameters())
+    out = policy.critic(obs, chosen.detach())
+    (out[0] if isinstance(out, tuple) else out).sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in weights)
+    held = {id(weight) for group in policy.actor.optimizer.param_groups for weight in group["params"]}
+    assert held == {id(weight) for weight in policy.actor.parameters()}
+    assert not held & {id(weight) for weight in policy.critic.parameters()}
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -269,8 +299,10 @@ def test_a_run_learns_and_its_folder_holds_what_ours_holds(finished: tuple[str, 
     assert metrics[-1]["agent_steps"] == 200
     # sac and its like: an update for each agent step after the 50 random ones; ppo: two passes over four rollouts
     assert metrics[-1]["updates"] == (8 if agent == "ppo" else 149)
-    losses = [row["train/value_loss" if agent == "ppo" else "train/critic_loss"] for row in metrics[-3:]]
-    assert all(np.isfinite(loss) for loss in losses)
+    loss = "train/value_loss" if agent == "ppo" else "train/critic_loss"
+    losses = [row[loss] for row in metrics if loss in row]
+    assert len(losses) >= 3
+    assert np.isfinite(losses).all()
     assert sum("train/return" in row for row in metrics) >= 5
     fresh = build_agent(config(path, SMALL, agent=agent), *spaces(), CPU)
     assert isinstance(fresh, BaselineAgent)
@@ -378,9 +410,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_stopped_and_resumed_is_as_if_nothing_had_happened(finished: tuple[str, Path], tmp_path: Path) -> None:
-    """In the random steps, within a rollout and an episode, at its end, and again."""
+    """Once in the random steps, or in the first rollout, and again later."""
     agent, whole = finished
-    for step in (30, 20, 61):
+    for step in (30, 61):
         with stop_at_step(step):
             assert train(config(tmp_path, SMALL, agent=agent), quiet=True) is None
     assert 0 < newest_state(tmp_path)["agent"]["updates"] < rows(whole / "metrics.jsonl")[-1]["updates"]
@@ -399,9 +431,11 @@ def test_killed_it_goes_on_from_the_last_checkpoint(agent: str, tmp_path: Path) 
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_two_environments_whose_episodes_end_at_different_times_go_on(tmp_path: Path) -> None:
     settings = SMALL | {"task": f"{MOODY}Moody-v0", "env.time-limit": None, "num-envs": 2, "env-steps": 120}
-    settings |= {"agent": "sac", "loop.prefill": 40, "loop.eval-every": 60, "loop.checkpoint-every": 50}
+    settings |= {"agent": "sac", "loop.prefill": 40, "loop.eval-every": 120, "loop.checkpoint-every": 50}
+    settings |= {"loop.eval-episodes": 1}
     assert train(config(tmp_path / "whole", settings), quiet=True) is not None
     with stop_at_step(33):
         assert train(config(tmp_path / "parts", settings), quiet=True) is None
@@ -416,8 +450,8 @@ def test_sigterm_says_how_to_go_on_and_another_configuration_is_refused(
     with stop_at_step(30):
         assert main(flags(path, SMALL, agent="sac")) == 130
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == "stopped at 232 env_steps and saved; the same command goes on from here"
-    assert newest_state(path)["start"]["env_steps"] == 232
+    assert said == "stopped at 240 env_steps and saved; the same command goes on from here"
+    assert newest_state(path)["start"]["env_steps"] == 240
     before = contents(path)
     assert main(flags(path, SMALL, agent="sac", sac__tau=0.01)) == 1
     assert "sac.tau: 0.005 → 0.01" in capsys.readouterr().err
@@ -481,7 +515,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path, capsys: pytest.
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     settings = SMALL | {"agent": "sac", "sac.learning-rate": 1e30}
-    with pytest.raises(NonFiniteLoss, match="loss of the baseline is"):
+    with pytest.raises(NonFiniteLoss, match=r"loss of the baseline is|no longer finite"):
         train(config(tmp_path, settings), quiet=True)
     weights = newest_state(tmp_path)["agent"]["parameters"]["policy"].values() if saved(tmp_path) else []
     assert all(torch.isfinite(value).all() for value in weights)
