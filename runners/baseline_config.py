@@ -74,8 +74,8 @@ class PPOConfig:
     """Proximal policy optimisation (Schulman et al. 2017). Rewards are scaled by the running deviation of returns, and
     states are normalised by running statistics (VecNormalize, as zoo does on MuJoCo)."""
 
-    rollout: int = 2048
-    """Agent steps, over all environments, between updates (SB3)."""
+    rollout: int = 512
+    """Agent steps, over all environments, between updates (zoo; SB3 has 2048, too long for short budgets)."""
     epochs: int = 10
     """Passes over a rollout (SB3)."""
     batch: int = 64

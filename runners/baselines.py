@@ -100,9 +100,9 @@ class BaselineRun(Session):
         if not isinstance(settings, OffPolicyConfig):
             return None
         config = self.config
-        # A row for each agent step of the budget and for the end of each episode, of which the shortest has one step.
-        longest = 2 * -(-config.env_steps // action_repeat_of(config.task, config.env)) + config.num_envs
-        replay = self._open_replay(min(settings.capacity, longest), fresh=fresh)
+        # A row for each agent step of the budget, and one for the end of each episode, rarely of fewer than 8 steps.
+        steps = -(-config.env_steps // action_repeat_of(config.task, config.env))
+        replay = self._open_replay(min(settings.capacity, steps * 9 // 8 + config.num_envs), fresh=fresh)
         opened.callback(replay.close)
         replay.place(self.device, mirror={"auto": None, "host": False, "cuda": True}[config.replay_device])
         return RowBuffer(
