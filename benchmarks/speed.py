@@ -38,7 +38,7 @@ from envs import EnvConfig, action_repeat_of, make_vector_env
 from runners.config import Config, ConfigError, build_agent, check, parse_args, refuse_below, resolve_device
 from runners.replay import Replay
 from runners.rollout import Collector
-from runners.run import configure_torch
+from runners.session import configure_torch
 from runners.train import USER_ERRORS
 from worldmodels.interface import Batch
 

@@ -170,7 +170,7 @@ def _follow_parent() -> None:
 def _wait_for_predecessor(run_dir: Path) -> None:
     """Return once no other process trains the run."""
     from runners.disk import lock_file
-    from runners.run import LOCK
+    from runners.session import LOCK
 
     file = run_dir / LOCK
     said = False

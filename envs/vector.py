@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 
 from envs.factory import DEFAULT, EnvConfig, action_repeat_of, resolve_task
 from envs.worker import LocalSlot, ObservationBuffer, ProcessSlot, Restore, Row, Slot, Step, WorkerDied, shared_file
@@ -114,8 +114,11 @@ class VectorEnv(gym.vector.VectorEnv):
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
         """Starts the next episode of every environment; with a seed, episode 0 of the seeds derived from it (an int)
-        or of these (E ints)."""
+        or of these (E ints). As in Gymnasium, ``options["reset_mask"]`` (E,) bool resets these environments alone, to
+        their next episodes."""
         self._assert_idle()
+        if options is not None and "reset_mask" in options:
+            return self._reset_some(np.flatnonzero(options["reset_mask"]))
         if isinstance(seed, (int, np.integer)):
             seeds: list[int] | None = [episode_seed(int(seed), index) for index in range(self.num_envs)]
         else:
@@ -128,6 +131,16 @@ class VectorEnv(gym.vector.VectorEnv):
             commands = [stream.go_to(each, 0) for stream, each in zip(self._streams, seeds, strict=True)]
         obs, _, _, _, infos = self._finish(commands)
         return obs, infos
+
+    def _reset_some(self, which: Int64[np.ndarray, " N"]) -> tuple[Observations, dict[str, Any]]:
+        if self._streams[0].episode < 0:
+            raise gym.error.ResetNeeded("reset every environment before resetting some")
+        commands = {i: self._streams[i].go_to(self._streams[i].seed, self._streams[i].episode + 1) for i in which}
+        for i, command in commands.items():
+            self._slots[i].send(command)
+        for i, command in commands.items():
+            self._row(i, command)
+        return self._copy_obs(), {"env_steps": np.zeros(self.num_envs, np.int64)}
 
     def step(
         self, actions: Float[np.ndarray, "E A"]

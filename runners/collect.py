@@ -30,7 +30,8 @@ from runners.config import Config, ConfigError, build_agent, read_config, refuse
 from runners.dataset_folder import About, DatasetError, Episode, write_dataset
 from runners.importers import from_hdf5, from_minari
 from runners.progress import Display
-from runners.run import configure_torch, find_checkpoint, load_agent
+from runners.run import find_checkpoint, load_agent
+from runners.session import configure_torch
 from runners.train import USER_ERRORS, StopOnSignal
 
 

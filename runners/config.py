@@ -21,9 +21,20 @@ from agents.interface import Agent
 from agents.mpc import MPCAgent, MPCConfig, build_planner
 from agents.random import RandomAgent
 from envs import EnvConfig, action_repeat_of, resolve_task
+from runners.baseline_config import (
+    BASELINES,
+    MIN_PIXELS,
+    PPOConfig,
+    SACConfig,
+    Settings,
+    TD3Config,
+    TQCConfig,
+)
 from worldmodels.lewm import LeWMConfig, build_world_model
 
-AgentName = Literal["dreamer", "mpc", "random"]
+AgentName = Literal["dreamer", "mpc", "random", "sac", "td3", "ppo", "tqc"]
+WORLD_MODEL_AGENTS = ("dreamer", "mpc")
+"""Those that learn a world model, which can be looked into, planned with and handed on."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Config:
     """dmc/<domain>-<task>, mujoco/<Id> (as mujoco/HalfCheetah-v5), or gym/<Id> with continuous actions."""
     agent: AgentName = "dreamer"
     """dreamer learns in imagination and acts by its policy; mpc learns the same and acts by planning; random is the
-    floor of every comparison."""
+    floor of every comparison. sac, td3, ppo and tqc are Stable-Baselines3's, each set up by the flags of its name."""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
     env_steps: int = 320_000
@@ -93,6 +104,16 @@ class Config:
     dreamer: DreamerConfig = field(default_factory=DreamerConfig)
     mpc: MPCConfig = field(default_factory=MPCConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    sac: SACConfig = field(default_factory=SACConfig)
+    td3: TD3Config = field(default_factory=TD3Config)
+    tqc: TQCConfig = field(default_factory=TQCConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    @property
+    def baseline(self) -> Settings:
+        """The settings of the agent, which is one of ``BASELINES``."""
+        settings: dict[str, Settings] = {"sac": self.sac, "td3": self.td3, "tqc": self.tqc, "ppo": self.ppo}
+        return settings[self.agent]
 
 
 class ConfigError(ValueError):
@@ -116,6 +137,9 @@ def presets() -> dict[str, Config]:
             behaviour_lr=1e-4,
         ),
         loop=LoopConfig(train_ratio=512, length=64),
+        sac=SACConfig(pixel_batch=256),
+        td3=TD3Config(pixel_batch=256),
+        tqc=TQCConfig(pixel_batch=256),
     )
     return {"cpu": Config(), "cuda": cuda}
 
@@ -203,14 +227,16 @@ def check(config: Config) -> None:
     resolve_task(config.task)
     check_numbers(config)
     loop = config.loop
+    if config.agent in BASELINES:
+        _check_baseline(config)
     repeat = action_repeat_of(config.task, config.env)
     rows = loop.prefill // (repeat * config.num_envs)
-    if config.agent != "random" and rows < loop.length:
+    if config.agent in WORLD_MODEL_AGENTS and rows < loop.length:
         raise ConfigError(
             f"--loop.prefill {loop.prefill} env_steps gives {rows} rows in each of {config.num_envs} environments at "
             f"action repeat {repeat}, fewer than a sequence of --loop.length {loop.length}; change one of them"
         )
-    if loop.prefill > config.env_steps and config.agent != "random":
+    if loop.prefill > config.env_steps and config.agent not in ("random", "ppo"):
         raise ConfigError(f"--loop.prefill {loop.prefill} is beyond the whole budget, --env-steps {config.env_steps}")
 
 
@@ -246,6 +272,36 @@ def check_numbers(config: Config) -> None:
     ]
     refuse_below(at_least)
     _check_model_and_agent(config)
+
+
+def _check_baseline(config: Config) -> None:
+    """Raises ConfigError on what Stable-Baselines3's algorithms cannot learn from, or on impossible numbers."""
+    agent, settings = config.agent, config.baseline
+    if config.env.obs == "both":
+        raise ConfigError(f"--agent {agent} learns from --env.obs pixels or state, not from both at once")
+    if config.env.obs == "pixels" and config.env.size < MIN_PIXELS:
+        raise ConfigError(
+            f"--env.size {config.env.size} is too small for the convolutions of --agent {agent}: at least {MIN_PIXELS}"
+        )
+    if config.init_from is not None:
+        raise ConfigError(f"--init-from gives a world model, which the {agent} agent does not have")
+    if config.profile:
+        raise ConfigError(f"--profile traces the updates of {' and '.join(WORLD_MODEL_AGENTS)}, not of {agent}")
+    least: dict[str, float] = dict.fromkeys(("batch", "updates", "capacity", "frames", "rollout", "epochs"), 1)
+    least |= {"batch": 2, "pixel_batch": 2, "quantiles": 1} | dict.fromkeys(("dropped", "shift", "noise", "clip"), 0)
+    least |= dict.fromkeys(("learning_rate", "entropy", "value_weight", "max_grad_norm"), 0)
+    values = dataclasses.asdict(settings)
+    dashed = {name: f"--{agent}.{name.replace('_', '-')}" for name in values}
+    refuse_below((dashed[name], values[name], low) for name, low in least.items() if name in values)
+    refuse_below((f"{dashed['units']}[{i}]", units, 1) for i, units in enumerate(settings.units))
+    for name in {"discount", "tau", "lam"} & values.keys():
+        if not 0 <= values[name] <= 1:
+            raise ConfigError(f"{dashed[name]} is {values[name]}, but must lie in 0 to 1")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{dashed[name]} is {value}, but must be finite")
+    if isinstance(settings, TQCConfig) and settings.dropped >= settings.quantiles:
+        raise ConfigError(f"--tqc.dropped {settings.dropped} leaves none of --tqc.quantiles {settings.quantiles}")
 
 
 def _check_model_and_agent(config: Config) -> None:
@@ -324,6 +380,10 @@ def build_agent(config: Config, observations: gym.Space, actions: gym.Space, dev
     action_dim = actions.shape[0]
     if config.agent == "random":
         return RandomAgent(action_dim, config.seed)
+    if config.agent in BASELINES:
+        from runners.baseline_agent import build_baseline  # takes seconds to import, which only these agents need
+
+        return build_baseline(config, observations, actions, device, num_envs=1)
     model = build_world_model(observations.shape, action_dim, config.model).to(device)
     estimator: Estimator = Pathwise() if config.gradient == "pathwise" else Reinforce()
     if config.agent == "dreamer":

@@ -31,13 +31,13 @@ from rich.progress import Progress
 
 from agents.random import RandomAgent
 from envs import make_env
-from runners.config import ConfigError, read_config, refuse_below, resolve_device
+from runners.config import WORLD_MODEL_AGENTS, ConfigError, read_config, refuse_below, resolve_device
 from runners.disk import clear_disk_full, replace_file
 from runners.findings import find_effects, find_geometry, find_open_loop, find_probes, find_surprise
 from runners.questions import QUESTIONS, PartName
 from runners.recordings import Recordings, follow, play
 from runners.report_page import page
-from runners.run import configure_torch
+from runners.session import configure_torch
 from runners.subject import Finding, Loaded, Subject, load, plan
 from runners.train import USER_ERRORS
 
@@ -92,8 +92,8 @@ def diagnose(config: DiagnoseConfig, command: str, console: Console) -> Path:
     """
     _check(config)
     run = read_config(Path(config.run_dir))
-    if run.agent == "random":
-        raise ConfigError(f"{config.run_dir} is a run of the random agent: there is no world model to ask")
+    if run.agent not in WORLD_MODEL_AGENTS:
+        raise ConfigError(f"{config.run_dir} is a run of the {run.agent} agent: there is no world model to ask")
     out = Path(config.out) if config.out is not None else Path(config.run_dir) / "diagnosis"
     device = resolve_device(config.device)
     configure_torch(config.threads)

@@ -20,10 +20,19 @@ import tyro
 
 from agents.mpc import MPCConfig
 from envs.vector import VectorEnv
-from runners.config import ConfigError, build_agent, check, read_config, refuse_below, resolve_device
+from runners.config import (
+    WORLD_MODEL_AGENTS,
+    ConfigError,
+    build_agent,
+    check,
+    read_config,
+    refuse_below,
+    resolve_device,
+)
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
-from runners.run import configure_torch, find_checkpoint, load_agent
+from runners.run import find_checkpoint, load_agent
+from runners.session import configure_torch
 from runners.train import USER_ERRORS
 
 
@@ -71,9 +80,10 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
         ]
     )
     trained = read_config(path)
-    if config.agent is not None and trained.agent == "random":
+    if config.agent is not None and trained.agent not in WORLD_MODEL_AGENTS:
         raise ConfigError(
-            f"{path} is a run of the random agent: it learned nothing that --agent {config.agent} could use"
+            f"{path} is a run of the {trained.agent} agent: it learned no world model that --agent {config.agent} "
+            "could use"
         )
     run = replace(trained, agent=config.agent or trained.agent, mpc=config.mpc)
     check(run)

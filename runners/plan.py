@@ -29,7 +29,7 @@ from envs import EnvConfig, action_repeat_of, make_env, resolve_task
 from envs.physics import physical_units
 from runners.amortise import amortised_policy
 from runners.attempts import Attempts, Method, Oracle, Randomly, Seeking, Still, attempt
-from runners.config import Config, ConfigError, build_agent, read_config, resolve_device
+from runners.config import WORLD_MODEL_AGENTS, Config, ConfigError, build_agent, read_config, resolve_device
 from runners.dataset import Dataset
 from runners.disk import clear_disk_full, replace_file
 from runners.film import Film
@@ -37,7 +37,8 @@ from runners.goal_report import figures, protocol, table
 from runners.goals import Halves, Match, Pairs, choose_pairs, split_like_pretraining
 from runners.plan_config import PlanConfig, build_search, check, parse_args
 from runners.progress import Display
-from runners.run import configure_torch, find_checkpoint, load_agent
+from runners.run import find_checkpoint, load_agent
+from runners.session import configure_torch
 from runners.train import USER_ERRORS
 from runners.transfer import other_sight
 from worldmodels.lewm import LeWorldModel
@@ -124,8 +125,8 @@ def load(config: PlanConfig) -> Loaded:
     """
     path = Path(config.run_dir)
     run = read_config(path)
-    if run.agent == "random":
-        raise ConfigError(f"{path} is a run of the random agent: there is no world model to plan with")
+    if run.agent not in WORLD_MODEL_AGENTS:
+        raise ConfigError(f"{path} is a run of the {run.agent} agent: there is no world model to plan with")
     if config.task is not None and config.task != run.task:
         resolve_task(config.task)
         raise ConfigError(f"--task is {config.task}, but {path} is a run on {run.task}")

@@ -33,7 +33,8 @@ from runners.disk import clear_disk_full, replace_file
 from runners.logger import Logger
 from runners.pretrain_config import SETTINGS, PretrainConfig, next_command, parse_args, run_config, to_json
 from runners.progress import Display
-from runners.run import claim_run, configure_torch, holds_run, load_agent, lock_run
+from runners.run import load_agent
+from runners.session import claim_run, configure_torch, holds_run, lock_run
 from runners.train import USER_ERRORS, Meter, StopOnSignal
 from runners.transfer import UNKNOWN_TASK
 from runners.viewer import open_loop, undisturbed

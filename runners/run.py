@@ -2,91 +2,49 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 
 from agents.dreamer import DreamerAgent
 from agents.interface import Agent
 from agents.random import RandomAgent
-from envs import action_repeat_of, make_vector_env
-from envs.vector import VectorEnv
 from runners.checkpoint import CheckpointError, Checkpoints
-from runners.config import Config, ConfigError, build_agent, check, differences, read_config, resolve_device, to_json
-from runners.disk import lock_file, replace_file
-from runners.logger import Logger
-from runners.replay import Replay
+from runners.config import Config, ConfigError, build_agent
 from runners.rollout import Collector
+from runners.session import Session, claim_run, lock_run
 from runners.transfer import take_world_model
-from runners.viewer import Viewer
+from runners.viewer import CONTEXT, Viewer
 from worldmodels.lewm import LeWorldModel
 
-EVALUATION_SEED = 1_000_003
-"""Added to a run's seed for its evaluation environments, so that training never sees their episodes."""
-
-LOCK = "run.lock"
-"""In the run's folder: held by the process that trains it."""
-FLUSH_EVERY = 500
-"""Rows between flushes of the replay: what kill -9 loses at most."""
 PREFILL_SEED = 2_000_003
 """Added to a run's seed for the prefill's actions, so that the random agent does not repeat them."""
 
 
-class Run:
+class Run(Session):
     """Everything of one training run. Entering it creates or resumes the folder; leaving it closes what is open.
 
     Attributes that :meth:`save` keeps: the agent, the collector with its environments, ``updates``, ``credit`` (the
-    part of an update that collected rows have paid for), ``learning`` (the prefill is over), ``last`` (env_steps at
-    which each periodic thing was last due), the viewer and the random states.
-
-    Raises:
-        ConfigError: impossible settings; a folder that is not a run, or holds a run with another configuration.
-        CheckpointError, ReplayError: what the folder holds is damaged beyond its fallbacks.
+    part of an update that collected rows have paid for), ``learning`` (the prefill is over), ``last``, the viewer and
+    the random states.
     """
 
     def __init__(self, config: Config, *, quiet: bool = False) -> None:
-        self.device = resolve_device(config.device)
-        if config.replay_device == "cuda" and self.device.type != "cuda":
-            raise ConfigError("--replay-device cuda needs --device cuda; use --replay-device auto or host")
-        check(config)
-        self.config = config
-        self.path = Path(config.run_dir)
-        configure_torch(config.threads)
         self.updates = 0
         self.credit = 0.0
         self.learning = False
-        self.last: dict[str, int] = {}
-        self.last_return: float | None = None
-        self.last_evaluation: float | None = None
-        with ExitStack() as opened:
-            self._open(opened, resumed=holds_run(self.path, config), quiet=quiet)
-            self._opened = opened.pop_all()
+        super().__init__(config, quiet=quiet)
 
     def _open(self, opened: ExitStack, *, resumed: bool, quiet: bool) -> None:
-        """Build or bring back everything; whatever has been opened is on ``opened``."""
         config = self.config
         torch.manual_seed(config.seed)
         self.generator = np.random.default_rng(config.seed)
-        self.envs = make_vector_env(config.task, config.env, config.num_envs, config.seed)
-        opened.callback(self.envs.close)
-        self.eval_envs = VectorEnv(
-            config.task,
-            config.env,
-            min(config.loop.eval_episodes, 5),
-            config.seed + EVALUATION_SEED,
-            processes=config.num_envs > 1,
-        )
-        opened.callback(self.eval_envs.close)
+        self._open_envs(opened)
         self.agent = build_agent(config, self.envs.single_observation_space, self.envs.single_action_space, self.device)
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
         if config.init_from is not None and not any(self.checkpoints.folder.glob("*")):
             self._take_world_model(Path(config.init_from))
         if not resumed:
@@ -95,22 +53,17 @@ class Run:
         self.viewer = self._build_viewer()
         self.prefiller = RandomAgent(self.envs.single_action_space.shape[0], config.seed + PREFILL_SEED)
         saved = self.checkpoints.latest() if resumed else None
-        self.replay = self._open_replay(fresh=saved is None)
+        self.replay = self._open_replay(config.loop.capacity, fresh=saved is None)
         opened.callback(self.replay.close)
         self.replay.place(self.device, mirror={"auto": None, "host": False, "cuda": True}[config.replay_device])
         self.collector = Collector(self.envs, self.replay, self.envs.single_action_space.shape[0])
         if saved is not None:
             self._load(saved[0])
-        self.logger = Logger(
-            self.path,
-            resume_env_steps=None if saved is None else self.collector.env_steps,
-            total_env_steps=config.env_steps,
-            resume_wall_s=0.0 if saved is None else saved[1]["wall_s"],
-            quiet=quiet,
-        )
-        opened.callback(self.logger.close)
-        if saved is not None:
-            self.logger.message(f"resuming {self.path} at {self.collector.env_steps:,} env_steps")
+        self._open_logger(opened, saved, quiet=quiet)
+
+    @property
+    def env_steps(self) -> int:
+        return self.collector.env_steps
 
     @property
     def world_model(self) -> LeWorldModel | None:
@@ -129,18 +82,19 @@ class Run:
         """The part of the budget that is used."""
         return self.collector.env_steps / self.config.env_steps
 
-    @property
-    def frame_rate(self) -> float:
-        """Agent steps in a second of simulated time, for videos at real speed."""
-        return float(self.eval_envs.metadata["render_fps"])
+    def wait(self) -> None:
+        self.collector.wait()
 
-    def due(self, name: str, every: int) -> bool:
-        """Whether the counter has entered a new interval of ``every`` env_steps since ``name`` was last due."""
-        now = self.collector.env_steps // every
-        if now == self.last.get(name, 0):
-            return False
-        self.last[name] = now
-        return True
+    def draw(self) -> None:
+        """Real frames against what the model imagined."""
+        loop, model = self.config.loop, self.world_model
+        if self.viewer is None or model is None or self.replay.rows_per_stream <= CONTEXT:
+            return
+        self.viewer.fit(model, self.replay, loop.view_steps)
+        generator = np.random.default_rng(self.env_steps)
+        rows = self.replay.sample(loop.batch, min(20, self.replay.rows_per_stream), generator)
+        strip = self.viewer.strip(model, rows)
+        self.logger.image("model/real-imagined-difference", strip, env_steps=self.env_steps)
 
     def save(self, score: float | None = None) -> Path:
         """Write a checkpoint of everything. ``score`` is the evaluation's mean return, if this state was evaluated."""
@@ -187,45 +141,6 @@ class Run:
             return None
         return Viewer(self.config.model.latent_dim, shape, self.device, seed=self.config.seed)
 
-    def _open_replay(self, *, fresh: bool) -> Replay:
-        path, space, config = self.path / "replay", self.envs.single_observation_space, self.config
-        if not fresh:
-            return Replay.open(path, "r+")
-        assert isinstance(space, gym.spaces.Box)
-        # Going back to the last checkpoint must not reach into rows that were overwritten since.
-        between = min(config.loop.checkpoint_every, config.loop.eval_every) // action_repeat_of(config.task, config.env)
-        return Replay.create(
-            path,
-            capacity=config.loop.capacity,
-            num_envs=config.num_envs,
-            obs_shape=space.shape,
-            obs_dtype=space.dtype,
-            action_dim=self.envs.single_action_space.shape[0],
-            spare=between + FLUSH_EVERY,
-            flush_every=FLUSH_EVERY,
-            replace=True,
-        )
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._opened.close()
-
-
-def lock_run(path: Path) -> int:
-    """Hold the folder until the descriptor is closed or the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    descriptor = lock_file(path / LOCK)
-    if descriptor is None:
-        raise ConfigError(f"{path} is being trained by another process; wait for it, or choose another --run-dir")
-    return descriptor
-
 
 def find_checkpoint(path: Path, config: Config, *, best: bool = False) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """State, description and place of the newest checkpoint, or of the best, of the run in the folder ``path``.
@@ -255,45 +170,3 @@ def load_agent(agent: Agent, state: dict[str, Any], path: Path) -> None:
         agent.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint in {path} is of another agent, task or size: {error}") from error
-
-
-def configure_torch(threads: int) -> None:
-    """Threads and memory of this process.
-
-    glibc gives every block above 128 kB back to the system when it is freed, and a training step frees hundreds:
-    keeping them made the input normaliser ten times faster on two cores.
-    """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL(None)
-            m_trim_threshold, m_mmap_threshold = -1, -3
-            libc.mallopt(m_mmap_threshold, 1 << 30)
-            libc.mallopt(m_trim_threshold, 1 << 30)
-        except (OSError, AttributeError):
-            pass  # another libc, with other habits
-
-
-def holds_run(path: Path, config: Config) -> bool:
-    """Whether the folder already holds this very run, to be resumed. Changes nothing."""
-    if (path / "config.json").exists():
-        changed = differences(read_config(path), config)
-        if changed:
-            lines = "\n  ".join(changed)
-            raise ConfigError(
-                f"{path} holds a run with another configuration:\n  {lines}\n"
-                f"Repeat its own command to go on with it, or choose another --run-dir."
-            )
-        return True
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path} exists and is not a run (it has no config.json); choose another --run-dir")
-    return False
-
-
-def claim_run(path: Path, config: Config) -> None:
-    """Make the folder this run's."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"{path} cannot be a run's folder: {error}; choose another --run-dir") from error
-    replace_file(path / "config.json", to_json(config).encode())

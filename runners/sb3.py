@@ -50,7 +50,8 @@ from runners.config import (
 )
 from runners.replay import Replay
 from runners.rollout import flatten, unflatten
-from runners.run import FLUSH_EVERY, PREFILL_SEED, configure_torch, load_agent
+from runners.run import PREFILL_SEED, load_agent
+from runners.session import FLUSH_EVERY, configure_torch
 from runners.spaces import (
     TaskOrEnv,
     as_vec_env,

@@ -22,6 +22,7 @@ from agents.interface import Agent, NonFiniteLoss
 from agents.random import RandomAgent
 from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
 from envs.vector import WorkerFailure
+from runners.baseline_config import BASELINES
 from runners.checkpoint import CheckpointError, DiskFull
 from runners.config import Config, ConfigError, parse_args
 from runners.disk import clear_disk_full
@@ -29,8 +30,8 @@ from runners.logger import read_rows, write_video
 from runners.profiling import Trace
 from runners.replay import Replay, ReplayError
 from runners.rollout import Evaluation, evaluate
-from runners.run import EVALUATION_SEED, Run
-from runners.viewer import CONTEXT
+from runners.run import Run
+from runners.session import EVALUATION_SEED, Session
 
 USER_ERRORS = (
     ConfigError,
@@ -52,6 +53,10 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
 
     Raises one of ``USER_ERRORS``; what was saved before stays as it was.
     """
+    if config.agent in BASELINES:
+        from runners.baselines import train_baseline  # which takes seconds to import, and shares what is below
+
+        return train_baseline(config, quiet=quiet)
     loop = config.loop
     with (
         clear_disk_full(Path(config.run_dir)),
@@ -168,40 +173,30 @@ def figures(run: Learner, meter: Meter) -> dict[str, float]:
     return values
 
 
-def assess(run: Run) -> Evaluation:
+def assess(run: Session) -> Evaluation:
     """Evaluate, write it down, and keep a checkpoint with the score."""
-    run.collector.wait()
+    run.wait()
     wall_s = run.logger.wall_s
-    env_steps, loop = run.collector.env_steps, run.config.loop
+    env_steps, loop = run.env_steps, run.config.loop
     seed = run.config.seed + EVALUATION_SEED + env_steps
     result = evaluate(run.agent, run.eval_envs, loop.eval_episodes, seed=seed)
     run.last_evaluation = result.mean
-    show(run, result)
+    if result.frames is not None and loop.view_steps > 0:
+        frames = result.frames.transpose(0, 2, 3, 1)
+        run.logger.video("eval/episode", frames, run.frame_rate, env_steps=env_steps)
+        run.draw()
     run.logger.evaluation(env_steps=env_steps, returns=result.returns, lengths=result.lengths, wall_s=wall_s)
     run.save(score=result.mean)
     run.due("checkpoint", loop.checkpoint_every)
     return result
 
 
-def show(run: Run, result: Evaluation) -> None:
-    """For the eye, in TensorBoard: the evaluation's first episode, and real frames against imagined ones."""
-    env_steps, loop = run.collector.env_steps, run.config.loop
-    if result.frames is None or loop.view_steps == 0:
-        return
-    run.logger.video("eval/episode", result.frames.transpose(0, 2, 3, 1), run.frame_rate, env_steps=env_steps)
-    model = run.world_model
-    if run.viewer is not None and model is not None and run.replay.rows_per_stream > CONTEXT:
-        run.viewer.fit(model, run.replay, loop.view_steps)
-        rows = run.replay.sample(loop.batch, min(20, run.replay.rows_per_stream), np.random.default_rng(env_steps))
-        run.logger.image("model/real-imagined-difference", run.viewer.strip(model, rows), env_steps=env_steps)
-
-
-def finish(run: Run, evaluation: Evaluation | None) -> Evaluation:
+def finish(run: Session, evaluation: Evaluation | None) -> Evaluation:
     """The last evaluation, its video, and where everything lies. A finished run is not evaluated again."""
     result = evaluation or recorded(run) or assess(run)
     log = run.logger
     text = f"evaluation: {result.mean:.1f} ± {np.std(result.returns):.1f} over {len(result.returns)} episodes"
-    log.message(f"{run.path} reached {run.collector.env_steps:,} env_steps; {text}")
+    log.message(f"{run.path} reached {run.env_steps:,} env_steps; {text}")
     if result.frames is not None:
         video = run.path / "videos" / "final.mp4"
         write_video(video, result.frames.transpose(0, 2, 3, 1), fps=run.frame_rate)
@@ -210,10 +205,10 @@ def finish(run: Run, evaluation: Evaluation | None) -> Evaluation:
     return result
 
 
-def recorded(run: Run) -> Evaluation | None:
+def recorded(run: Session) -> Evaluation | None:
     """The evaluation that evals.jsonl already holds for this very moment of the run."""
     rows = read_rows(run.path / "evals.jsonl")
-    if not rows or rows[-1]["env_steps"] != run.collector.env_steps:
+    if not rows or rows[-1]["env_steps"] != run.env_steps:
         return None
     return Evaluation(rows[-1]["returns"], rows[-1]["lengths"], None)
 

@@ -1,4 +1,4 @@
-"""Stable-Baselines3's vector environments, whose steps become rows of the timeline."""
+"""Stable-Baselines3's vector environments: their steps as rows of the timeline, and ours as one of theirs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.interface import Agent
+from envs.vector import VectorEnv
 from runners.config import ConfigError
 from runners.replay import Replay
 from runners.spaces import boxes, readable, to_space
@@ -92,7 +93,7 @@ class VecEnvCollector:
         last = {i: self._last_row(heard, i) for i, done in enumerate(heard.dones) if done}
         if len(last) == self.envs.num_envs:
             self._next = np.array(heard.new_obs)
-            self._row = _stack(list(last.values()))
+            self._row = stack_rows(list(last.values()))
             return heard
         for i, row in last.items():
             self._queues[i].append(row)
@@ -129,9 +130,66 @@ class VecEnvCollector:
         for i, queue in enumerate(self._queues):
             queue.append({name: value[i] for name, value in row.items()})
         while all(self._queues):
-            self.replay.add(**_stack([queue.popleft() for queue in self._queues]))
+            self.replay.add(**stack_rows([queue.popleft() for queue in self._queues]))
 
 
-def _stack(rows: list[Row]) -> Row:
+def stack_rows(rows: list[Row]) -> Row:
     """The rows of single streams as one of all."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class TaskVecEnv(VecEnv):
+    """A :class:`envs.vector.VectorEnv` as Stable-Baselines3 wants it: an environment whose episode has ended begins the
+    next one at once, and its last observation is in the infos.
+
+    ``env_steps`` counts simulator steps over all environments; ``returns`` holds the episodes' returns that ended since
+    the list was last emptied by its reader.
+    """
+
+    def __init__(self, envs: VectorEnv) -> None:
+        self.envs = envs
+        self.env_steps = 0
+        self.returns: list[float] = []
+        self.running_return = np.zeros(envs.num_envs)
+        super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+    def reset(self) -> Any:
+        """(E, …), the first observations of new episodes."""
+        return self.envs.reset()[0]
+
+    def step_async(self, actions: Float[np.ndarray, "E A"]) -> None:
+        self.envs.step_async(actions)
+
+    def step_wait(self) -> tuple[Any, Any, Any, list[dict[str, Any]]]:
+        obs, reward, terminated, truncated, info = self.envs.step_wait()
+        done = terminated | truncated
+        self.env_steps += int(info["env_steps"].sum())
+        self.running_return += reward
+        infos: list[dict[str, Any]] = [
+            {"env_steps": int(steps), "TimeLimit.truncated": bool(cut)}
+            for steps, cut in zip(info["env_steps"], truncated & ~terminated, strict=True)
+        ]
+        if done.any():
+            for i in np.flatnonzero(done):
+                infos[i]["terminal_observation"] = obs[i]
+                self.returns.append(float(self.running_return[i]))
+            self.running_return[done] = 0.0
+            obs, _ = self.envs.reset(options={"reset_mask": done})
+        return obs, reward.astype(np.float32), done, infos
+
+    def close(self) -> None:
+        self.envs.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        if attr_name != "render_mode":  # which the constructor asks for
+            raise AttributeError(f"the environments, which may be processes, do not show {attr_name}")
+        return [None for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise AttributeError(f"{attr_name} cannot be set in environments that may be processes")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        raise AttributeError(f"{method_name} cannot be called in environments that may be processes")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]

@@ -40,8 +40,9 @@ def explained() -> dict[str, str]:
     flag = ""
     for line in (line.strip("│╭╮╰╯─ ") for line in lines):
         if line.startswith("-"):
-            flag = re.split(r"[ ,]", line)[0].removeprefix("--")
-            found[flag] = ""
+            invocation, _, text = line.partition("  ")  # the text begins here, or on the next line
+            flag = re.split(r"[ ,]", invocation)[0].removeprefix("--")
+            found[flag] = text
         elif flag:
             found[flag] += f" {line}"
     return found

@@ -213,4 +213,4 @@ def test_the_random_agent_has_learned_nothing_to_plan_with(tmp_path: Path, capsy
     train(config(tmp_path / "run", COUNTING | {"agent": "random"}), quiet=True)
     capsys.readouterr()
     assert evaluate_main(["--run-dir", str(tmp_path / "run"), "--agent", "mpc"]) == 1
-    assert "it learned nothing that --agent mpc could use" in capsys.readouterr().err
+    assert "it learned no world model that --agent mpc could use" in capsys.readouterr().err

@@ -105,6 +105,30 @@ def test_processes_and_one_process_give_the_same_rows() -> None:
     here.close()
 
 
+@both_ways
+def test_some_environments_are_reset_and_the_others_go_on(processes: bool) -> None:
+    config = EnvConfig(obs="state", time_limit=40)
+    vector = VectorEnv("dmc/cartpole-swingup", config, 2, seed=3, processes=processes)
+    undisturbed = VectorEnv("dmc/cartpole-swingup", config, 2, seed=3, processes=False)
+    with pytest.raises(gym.error.ResetNeeded):
+        vector.reset(options={"reset_mask": np.array([True, False])})
+    vector.reset()
+    undisturbed.reset()
+    first, second, third = actions(3, 2)
+    before = vector.step(first)[0]
+    undisturbed.step(first)
+    obs, infos = vector.reset(options={"reset_mask": np.array([True, False])})
+    assert infos["env_steps"].tolist() == [0, 0]
+    assert [env["episode"] for env in vector.get_state()["envs"]] == [1, 0]
+    assert same(obs[1], before[1])
+    assert same(vector.step(second)[0][1], undisturbed.step(second)[0][1])
+    assert same(obs[0], undisturbed.reset()[0][0])
+    undisturbed.step(second)
+    assert same(vector.step(third)[0][0], undisturbed.step(third)[0][0])
+    vector.close()
+    undisturbed.close()
+
+
 def test_environments_play_different_episodes_that_make_env_can_play_too() -> None:
     vector = make_vector_env("dmc/cartpole-swingup", STATE, 2, seed=3)
     obs, _ = vector.reset()
