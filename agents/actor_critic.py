@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from worldmodels import ranks
 from worldmodels.heads import ScalarHead, mlp
 
 
@@ -166,8 +167,8 @@ class ReturnScale(nn.Module):
 
     @torch.no_grad()
     def forward(self, returns: Float[Tensor, "*N"]) -> Float[Tensor, ""]:
-        """Take in a batch of returns; answer the scale."""
-        low, high = torch.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
+        """Take in a batch of returns, of all ranks together; answer the scale."""
+        low, high = torch.quantile(ranks.all_rows(returns.flatten()), returns.new_tensor([0.05, 0.95]))
         # A batch that is refused for a NaN must leave no trace.
         self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
         self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)

@@ -25,6 +25,7 @@ from agents.actor_critic import (
 from agents.beside import one_after_the_other, side_by_side
 from agents.interface import NonFiniteLoss
 from agents.returns import lambda_return
+from worldmodels import ranks
 from worldmodels.interface import Batch, State, WorldModel
 
 
@@ -89,6 +90,7 @@ class DreamerAgent:
     """Implements :class:`agents.interface.Agent`."""
 
     def __init__(self, model: WorldModel, action_dim: int, estimator: Estimator, config: DreamerConfig) -> None:
+        _refuse_batch_statistics(model)
         self.model = model
         self.config = config
         self.estimator = estimator
@@ -99,7 +101,9 @@ class DreamerAgent:
         self.average_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = Critic(model.feat_dim, config.critic).to(self.device)
         self.scale = ReturnScale().to(self.device)
-        self.beside = side_by_side if self.device.type == "cpu" and not _has_modes(model) else one_after_the_other
+        # Of several ranks, both halves meet the other ranks' halves: from two threads they would do so in any order.
+        alone = self.device.type == "cpu" and not _has_modes(model) and ranks.size() == 1
+        self.beside = side_by_side if alone else one_after_the_other
         self.groups: dict[str, list[nn.Parameter]] = {
             "model": list(model.parameters()),
             "policy": list(self.policy.parameters()),
@@ -141,7 +145,7 @@ class DreamerAgent:
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def start(self, obs: Shaped[Tensor, "N *obs"]) -> None:
-        self.model.fit_normaliser(obs)
+        self.model.fit_normaliser(ranks.all_rows(obs))
 
     def anneal(self, progress: float) -> None:
         factor = 1 - (1 - self.config.final_lr) * min(max(progress, 0.0), 1.0)
@@ -168,6 +172,7 @@ class DreamerAgent:
         else:
             metrics = self._learn_model(batch, embedded)
         self.model.backward_encoder(embedded)
+        metrics = self._add_up(metrics, learning)
         for name in learning:
             metrics[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(self.groups[name], self.config.clip)
         _refuse_non_finite(metrics)
@@ -206,6 +211,15 @@ class DreamerAgent:
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
+    def _add_up(self, metrics: dict[str, Tensor], learning: list[str]) -> dict[str, Tensor]:
+        """Every rank's gradients, and its shares of the metrics, become the sums over all: a NaN of one, too."""
+        if ranks.size() == 1:
+            return metrics
+        gradients = [p.grad for name in learning for p in self.groups[name] if p.grad is not None]
+        values = torch.stack(list(metrics.values()))
+        ranks.sum_in_place([*gradients, values])
+        return dict(zip(metrics, values.unbind(), strict=True))
+
     def _replay_value_loss(
         self, batch: Batch, feat: Float[Tensor, "R F"], settled: Bool[Tensor, " R"]
     ) -> Float[Tensor, ""]:
@@ -220,13 +234,13 @@ class DreamerAgent:
         # An is_last row leads nowhere; rows early in the sample lack the memory that acting would have had.
         mask = (~batch.is_last[:, :-1] & settled.view(b, t)[:, :-1]).float()
         loss = self.critic.loss(feat.view(b, t, -1)[:, :-1], target)
-        return (loss * mask).sum() / mask.sum().clamp(min=1)
+        return (loss * mask).sum() / ranks.sum_over_ranks(mask.sum()).clamp(min=1)
 
     def _choose_starts(self, states: State, ended: Bool[Tensor, " R"]) -> State:
         """Random settled states that did not end an episode by themselves, detached."""
-        wanted = (self.model.settled(states) & ~ended).float()
+        wanted, starts = (self.model.settled(states) & ~ended).float(), ranks.part(self.config.starts)
         # All rows stay possible with a vanishing weight, so that the draw works when no row is wanted.
-        index = torch.multinomial(wanted + 1e-6, self.config.starts, replacement=len(wanted) < self.config.starts)
+        index = torch.multinomial(wanted + 1e-6, starts, replacement=len(wanted) < starts)
         return type(states)(*(x.detach()[index] for x in states))
 
     def _behaviour_losses(self, state: State) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -244,18 +258,16 @@ class DreamerAgent:
         policy_loss = (weight * (loss - cfg.entropy * entropies)).mean()
         decided_in = feats[:-1].detach().flatten(0, 1)
         critic_loss = (weight.t().flatten() * self.critic.loss(decided_in, returns.detach().t().flatten())).mean()
-        return (
-            policy_loss,
-            critic_loss,
-            {
-                "policy_loss": policy_loss.detach(),
-                "critic_loss": critic_loss.detach(),
-                "imagined_reward": reward.detach().mean(),
-                "imagined_return": returns.detach().mean(),
-                "return_scale": scale,
-                "policy_entropy": entropies.detach().mean(),
-            },
-        )
+        means = {
+            "policy_loss": policy_loss.detach(),
+            "critic_loss": critic_loss.detach(),
+            "imagined_reward": reward.detach().mean(),
+            "imagined_return": returns.detach().mean(),
+            "return_scale": scale,
+            "policy_entropy": entropies.detach().mean(),
+        }
+        shares = {name: ranks.share(mean) for name, mean in means.items()}
+        return ranks.share(policy_loss), ranks.share(critic_loss), shares
 
     def _imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """H decisions from N states: features (H+1,N,F), log probabilities and entropies (N,H)."""
@@ -309,6 +321,14 @@ def computes_bf16(device: torch.device) -> bool:
 def _has_modes(model: nn.Module) -> bool:
     """Whether training and imagining are different computations, which cannot run at the same time on one model."""
     return any(isinstance(m, (nn.Dropout, nn.modules.batchnorm._BatchNorm)) for m in model.modules())
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    if ranks.size() > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise ranks.RanksError(
+            "this world model has a BatchNorm, whose statistics several processes do not share: learn it in one "
+            "process, or without --model.conv.projector, --model.encoder vit and --model.predictor transformer"
+        )
 
 
 def _refuse_non_finite(metrics: dict[str, Tensor]) -> None:

@@ -13,10 +13,16 @@ from worldmodels.interface import Batch
 
 
 class RandomAgent:
-    """Uniform actions in [-1, 1], from a generator of its own. Implements :class:`agents.interface.Agent`."""
+    """Uniform actions in [-1, 1], from a generator of its own. Implements :class:`agents.interface.Agent`.
 
-    def __init__(self, action_dim: int, seed: int) -> None:
+    Of ``total`` environments side by side it acts in those from ``first`` on, as one agent for all of them would there.
+    None: it acts in all.
+    """
+
+    def __init__(self, action_dim: int, seed: int, *, first: int = 0, total: int | None = None) -> None:
         self.action_dim = action_dim
+        self.first = first
+        self.total = total
         self.generator = np.random.default_rng(seed)
 
     def initial(self, envs: int) -> Carry:
@@ -25,7 +31,9 @@ class RandomAgent:
     def act(
         self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: Carry, *, explore: bool
     ) -> tuple[Float[np.ndarray, "E A"], Carry]:
-        return self.generator.uniform(-1, 1, (len(is_first), self.action_dim)).astype(np.float32), carry
+        envs = len(is_first)
+        actions = self.generator.uniform(-1, 1, (self.total or envs, self.action_dim))
+        return actions[self.first : self.first + envs].astype(np.float32), carry
 
     def start(self, obs: Shaped[Tensor, "N *obs"]) -> None:
         pass

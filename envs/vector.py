@@ -52,7 +52,7 @@ class _Stream:
 
 
 class VectorEnv(gym.vector.VectorEnv):
-    """E copies of a task. Environment i plays the episodes of a seed derived from (seed, i).
+    """E copies of a task. Environment i plays the episodes of a seed derived from (seed, first + i).
 
     A worker that dies, or whose simulation gives NaN or inf, is restarted: its episode is closed by a row with
     truncated set, the last known observation and reward 0, ``infos["fault"][i]`` says why, a warning is logged.
@@ -62,6 +62,7 @@ class VectorEnv(gym.vector.VectorEnv):
         num_envs: E, at least 1.
         seed: fixes every episode of every environment.
         processes: one process per environment; None: where there is more than one environment.
+        first: the number of the first environment among all that several of these step between them.
 
     Raises:
         ValueError: no environments, or what ``make_env`` raises.
@@ -74,11 +75,12 @@ class VectorEnv(gym.vector.VectorEnv):
         num_envs: int = 1,
         seed: int = 0,
         processes: bool | None = None,
+        first: int = 0,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, not {num_envs}")
         resolve_task(task)
-        self.num_envs, self._task = num_envs, task
+        self.num_envs, self._task, self._first = num_envs, task, first
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}
         self._slots: list[Any] = []
         self._file: int | None = None
@@ -90,7 +92,10 @@ class VectorEnv(gym.vector.VectorEnv):
             self.close()
             raise
         self._obs = {name: part.copy() for name, part in self._buffer.parts.items()}
-        self._streams = [_Stream(episode_seed(seed, index)) for index in range(num_envs)]
+        self._streams = [_Stream(each) for each in self._seeds(seed)]
+
+    def _seeds(self, seed: int) -> list[int]:
+        return [episode_seed(seed, self._first + index) for index in range(self.num_envs)]
 
     def _open(self, task: str, config: EnvConfig, processes: bool) -> None:
         if processes:
@@ -120,7 +125,7 @@ class VectorEnv(gym.vector.VectorEnv):
         if options is not None and "reset_mask" in options:
             return self._reset_some(np.flatnonzero(options["reset_mask"]))
         if isinstance(seed, (int, np.integer)):
-            seeds: list[int] | None = [episode_seed(int(seed), index) for index in range(self.num_envs)]
+            seeds: list[int] | None = self._seeds(int(seed))
         else:
             seeds = None if seed is None else [int(each) for each in seed]
         if seeds is not None and len(seeds) != self.num_envs:

@@ -172,11 +172,11 @@ class BaselineRun(Session):
             "action_random": model.action_space.np_random.bit_generator.state,
         }
 
-    def save(self, score: float | None = None) -> Path:
+    def save(self, score: float | None = None) -> None:
         start = self.start or self.place()
         state = {"agent": self.agent.state_dict(), "start": start}
         meta = {"env_steps": start["env_steps"], "wall_s": self.logger.wall_s, "task": self.config.task}
-        return self.checkpoints.save(start["env_steps"], state, meta, score)
+        self.checkpoints.save(start["env_steps"], state, meta, score)
 
     def _load(self, state: dict[str, Any]) -> None:
         load_agent(self.agent, state["agent"], self.path)

@@ -89,7 +89,7 @@ class Config:
     replay_device: Literal["auto", "host", "cuda"] = "auto"
     """Where sampled images live. auto: on the GPU that learns, if they fill at most half of its free memory."""
     threads: int = 0
-    """CPU threads that PyTorch uses. 0: all cores."""
+    """CPU threads that PyTorch uses, in each process that learns. 0: all cores, shared by those."""
     preset: str = "auto"
     """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
@@ -302,6 +302,25 @@ def _check_baseline(config: Config) -> None:
             raise ConfigError(f"{dashed[name]} is {value}, but must be finite")
     if isinstance(settings, TQCConfig) and settings.dropped >= settings.quantiles:
         raise ConfigError(f"--tqc.dropped {settings.dropped} leaves none of --tqc.quantiles {settings.quantiles}")
+
+
+def check_parts(config: Config, processes: int) -> None:
+    """Refuse what ``processes`` that learn side by side cannot divide among them. Raises ConfigError."""
+    if processes == 1:
+        return
+    if config.agent not in WORLD_MODEL_AGENTS:
+        raise ConfigError(f"--agent {config.agent} learns in one process, not in {processes} that share the work")
+    whole = {
+        "--num-envs": config.num_envs,
+        "--loop.batch": config.loop.batch,
+        "--dreamer.starts": config.dreamer.starts,
+    }
+    for flag, value in whole.items():
+        if value % processes:
+            raise ConfigError(
+                f"{flag} is {value}, of which {processes} processes cannot have equal parts; it counts what they have "
+                f"together, so make it a multiple of {processes}"
+            )
 
 
 def _check_model_and_agent(config: Config) -> None:

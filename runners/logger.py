@@ -195,6 +195,17 @@ class Logger:
         self._events._get_file_writer().add_summary(summary, env_steps)
 
 
+class Silence:
+    """Takes what a :class:`Logger` takes and records nothing: for a rank whose run the first one records."""
+
+    wall_s = 0.0
+
+    def _ignore(self, *values: Any, **named: Any) -> None:
+        pass
+
+    metrics = evaluation = image = video = progress = message = _ignore
+
+
 def write_video(path: Path, frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
     """Writes RGB frames as an H.264 mp4 that browsers play, making the folder if need be.
 

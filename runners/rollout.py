@@ -11,6 +11,7 @@ import torch
 
 from agents.interface import Agent
 from runners.replay import Replay
+from worldmodels import ranks
 
 
 class ResumableVectorEnv(Protocol):
@@ -35,7 +36,8 @@ class Collector:
     """Writes one row a step and environment into the replay, aligned as ``worldmodels.interface`` says.
 
     ``env_steps`` counts simulator steps over all environments; ``returns`` holds the episodes' returns that ended since
-    the list was last emptied by its reader.
+    the list was last emptied by its reader. Of several ranks (:mod:`worldmodels.ranks`) each steps its own environments
+    and keeps their rows, and all three numbers are those of all: each must call ``step`` and ``wait`` as the others do.
     """
 
     def __init__(self, envs: ResumableVectorEnv, replay: Replay, action_dim: int) -> None:
@@ -68,7 +70,7 @@ class Collector:
         # What is answered on an is_last row is ignored: NEXT_STEP autoreset resets there.
         action = np.where(row["is_last"][:, None], 0.0, action).astype(np.float32)
         self.replay.add(obs=self._obs, action=action, **row)
-        self.agent_steps += int((~row["is_last"]).sum())
+        self.agent_steps += ranks.total(int((~row["is_last"]).sum()))
         self.envs.step_async(action)
         self._pending = True
 
@@ -78,7 +80,6 @@ class Collector:
             return
         obs, reward, terminated, truncated, info = self.envs.step_wait()
         self._pending = False
-        self.env_steps += int(np.sum(info["env_steps"]))
         self._running_return += reward
         is_last = terminated | truncated
         self._row = {
@@ -88,9 +89,12 @@ class Collector:
             "is_terminal": terminated,
         }
         self._obs = obs
-        for i in np.flatnonzero(is_last):
-            self.returns.append(float(self._running_return[i]))
-            self._running_return[i] = 0.0
+        arrived = np.stack([info["env_steps"], is_last, self._running_return], 1)
+        for steps, ended, return_ in ranks.all_rows(torch.from_numpy(arrived)).tolist():
+            self.env_steps += int(steps)
+            if ended:
+                self.returns.append(return_)
+        self._running_return[is_last] = 0.0
 
     def forget(self) -> None:
         """Drop the agent's memory: another agent acts from now on."""

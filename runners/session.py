@@ -14,13 +14,14 @@ import gymnasium as gym
 import torch
 
 from agents.interface import Agent
-from envs import action_repeat_of, make_vector_env
+from envs import action_repeat_of
 from envs.vector import VectorEnv
 from runners.checkpoint import Checkpoints
-from runners.config import Config, ConfigError, check, differences, read_config, resolve_device, to_json
+from runners.config import Config, ConfigError, check, check_parts, differences, read_config, resolve_device, to_json
 from runners.disk import lock_file, replace_file
-from runners.logger import Logger
+from runners.logger import Logger, Silence
 from runners.replay import Replay
+from worldmodels import ranks
 
 EVALUATION_SEED = 1_000_003
 """Added to a run's seed for its evaluation environments, so that training never sees their episodes."""
@@ -43,13 +44,14 @@ class Session:
     """
 
     agent: Agent
-    logger: Logger
+    logger: Logger | Silence
 
     def __init__(self, config: Config, *, quiet: bool = False) -> None:
         self.device = resolve_device(config.device)
         if config.replay_device == "cuda" and self.device.type != "cuda":
             raise ConfigError("--replay-device cuda needs --device cuda; use --replay-device auto or host")
         check(config)
+        check_parts(config, ranks.size())
         self.config = config
         self.path = Path(config.run_dir)
         configure_torch(config.threads)
@@ -57,7 +59,7 @@ class Session:
         self.last_return: float | None = None
         self.last_evaluation: float | None = None
         with ExitStack() as opened:
-            self._open(opened, resumed=holds_run(self.path, config), quiet=quiet)
+            self._open(opened, resumed=ranks.done_by_first(lambda: holds_run(self.path, config)), quiet=quiet)
             self._opened = opened.pop_all()
 
     def _open(self, opened: ExitStack, *, resumed: bool, quiet: bool) -> None:
@@ -65,22 +67,22 @@ class Session:
         raise NotImplementedError
 
     def _open_envs(self, opened: ExitStack) -> None:
-        """The environments to learn in, and others to evaluate in."""
-        config = self.config
-        self.envs = make_vector_env(config.task, config.env, config.num_envs, config.seed)
+        """The environments to learn in, of which each rank has its part, and others to evaluate in."""
+        config, own = self.config, ranks.part(self.config.num_envs)
+        self.first_env = ranks.rank() * own
+        self.envs = VectorEnv(config.task, config.env, own, config.seed, first=self.first_env)
         opened.callback(self.envs.close)
-        self.eval_envs = VectorEnv(
-            config.task,
-            config.env,
-            min(config.loop.eval_episodes, 5),
-            config.seed + EVALUATION_SEED,
-            processes=config.num_envs > 1,
-        )
-        opened.callback(self.eval_envs.close)
+        if ranks.is_first():
+            episodes, seed = min(config.loop.eval_episodes, 5), config.seed + EVALUATION_SEED
+            self.eval_envs = VectorEnv(config.task, config.env, episodes, seed, processes=config.num_envs > 1)
+            opened.callback(self.eval_envs.close)
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
     def _open_logger(self, opened: ExitStack, saved: tuple[Any, dict[str, Any], Path] | None, *, quiet: bool) -> None:
         """The records, up to the checkpoint that the run goes on from."""
+        if not ranks.is_first():
+            self.logger = Silence()
+            return
         self.logger = Logger(
             self.path,
             resume_env_steps=None if saved is None else self.env_steps,
@@ -93,7 +95,8 @@ class Session:
             self.logger.message(f"resuming {self.path} at {self.env_steps:,} env_steps")
 
     def _open_replay(self, capacity: int, *, fresh: bool) -> Replay:
-        path, space, config = self.path / "replay", self.envs.single_observation_space, self.config
+        path = self.path / (f"replay-{ranks.rank()}" if ranks.rank() else "replay")
+        space, config = self.envs.single_observation_space, self.config
         if not fresh:
             return Replay.open(path, "r+")
         assert isinstance(space, gym.spaces.Box)
@@ -101,8 +104,8 @@ class Session:
         between = min(config.loop.checkpoint_every, config.loop.eval_every) // action_repeat_of(config.task, config.env)
         return Replay.create(
             path,
-            capacity=capacity,
-            num_envs=config.num_envs,
+            capacity=ranks.part(capacity),
+            num_envs=self.envs.num_envs,
             obs_shape=space.shape,
             obs_dtype=space.dtype,
             action_dim=self.envs.single_action_space.shape[0],
@@ -135,7 +138,7 @@ class Session:
     def draw(self) -> None:
         """Pictures of what was learned, beside an evaluation."""
 
-    def save(self, score: float | None = None) -> Path:
+    def save(self, score: float | None = None) -> None:
         """Write a checkpoint of everything. ``score`` is the evaluation's mean return, if this state was evaluated."""
         raise NotImplementedError
 
@@ -191,7 +194,7 @@ def configure_torch(threads: int) -> None:
     glibc gives every block above 128 kB back to the system when it is freed, and a training step frees hundreds:
     keeping them made the input normaliser ten times faster on two cores.
     """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or max(1, ranks.part(os.cpu_count() or 1)))
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL(None)

@@ -2,7 +2,12 @@
 
     python -m runners.train --task dmc/cartpole-swingup --agent dreamer --env-steps 100000 --seed 1 --run-dir runs/a
 
-The same command on an existing folder goes on from its last checkpoint.
+The same command on an existing folder goes on from its last checkpoint. Several GPUs share the work of one run,
+
+    torchrun --nproc-per-node 4 -m runners.train --task dmc/cartpole-swingup --num-envs 16 --run-dir runs/a
+
+one process each, with the same settings: ``worldmodels.ranks`` says how. All processes walk through the same code at
+the same pace; the first one alone evaluates and writes the record.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
 from envs.vector import WorkerFailure
 from runners.baseline_config import BASELINES
 from runners.checkpoint import CheckpointError, DiskFull
-from runners.config import Config, ConfigError, parse_args
+from runners.config import Config, ConfigError, parse_args, resolve_device
 from runners.disk import clear_disk_full
 from runners.logger import read_rows, write_video
 from runners.profiling import Trace
@@ -32,6 +37,7 @@ from runners.replay import Replay, ReplayError
 from runners.rollout import Evaluation, evaluate
 from runners.run import Run
 from runners.session import EVALUATION_SEED, Session
+from worldmodels import ranks
 
 USER_ERRORS = (
     ConfigError,
@@ -44,6 +50,7 @@ USER_ERRORS = (
     CheckpointError,
     ReplayError,
     DiskFull,
+    ranks.RanksError,
 )
 """What ends a program with one clear message instead of a traceback."""
 
@@ -60,14 +67,17 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
     loop = config.loop
     with (
         clear_disk_full(Path(config.run_dir)),
+        ranks.together(resolve_device(config.device)),
         Run(config, quiet=quiet) as run,
         StopOnSignal() as stop,
-        Trace(run.path, config.profile, run.device, run.logger.message) as trace,
+        Trace(run.path, config.profile if ranks.is_first() else 0, run.device, run.logger.message) as trace,
     ):
         collector, log = run.collector, run.logger
         meter = Meter()
         newest: Evaluation | None = None
-        while collector.env_steps < config.env_steps and not stop.asked:
+        stopped = False
+        # A signal to one rank stops all, after the same step.
+        while collector.env_steps < config.env_steps and not (stopped := ranks.total(stop.asked) > 0):
             if not advance(run, meter):
                 continue
             trace.follow(run.updates)
@@ -84,7 +94,7 @@ def train(config: Config, *, quiet: bool = False) -> Evaluation | None:
             newest = assess(run) if run.due("eval", loop.eval_every) else None
             if run.due("checkpoint", loop.checkpoint_every):
                 run.save()
-        if stop.asked and collector.env_steps < config.env_steps:
+        if stopped:
             run.save()
             log.message(f"stopped at {collector.env_steps:,} env_steps and saved; the same command goes on from here")
             return None
@@ -137,7 +147,7 @@ def advance(run: Learner, meter: Meter) -> bool:
     run.credit += (collector.agent_steps - before) * loop.train_ratio / (loop.batch * loop.length)
     agent.anneal(run.progress)
     while run.credit >= 1:
-        meter.add(agent.update(run.replay.sample(loop.batch, loop.length, run.generator)))
+        meter.add(agent.update(run.replay.sample(ranks.part(loop.batch), loop.length, run.generator)))
         run.credit -= 1
         run.updates += 1
     return True
@@ -148,7 +158,7 @@ def start_learning(run: Learner) -> None:
     the policy acts."""
     loop = run.config.loop
     if run.config.init_from is None:
-        rows = run.replay.sample(min(1024, len(run.replay)), 1, run.generator)
+        rows = run.replay.sample(min(ranks.part(1024), len(run.replay)), 1, run.generator)
         run.agent.start(rows.obs.flatten(0, 1))
     run.learning = True
     run.credit += loop.pretrain
@@ -167,10 +177,10 @@ def figures(run: Learner, meter: Meter) -> dict[str, float]:
     if returns:
         values["train/return"] = float(np.mean(returns))
         returns.clear()
-    batch = run.replay.sample(loop.batch, loop.length, np.random.default_rng(run.updates))
+    batch = run.replay.sample(ranks.part(loop.batch), loop.length, np.random.default_rng(run.updates))
     values |= {f"monitor/{name}": value for name, value in run.agent.monitors(batch).items()}
-    values |= {"updates": run.updates, "agent_steps": run.collector.agent_steps, "replay_rows": len(run.replay)}
-    return values
+    rows = ranks.total(len(run.replay))
+    return values | {"updates": run.updates, "agent_steps": run.collector.agent_steps, "replay_rows": rows}
 
 
 def assess(run: Session) -> Evaluation:
@@ -179,7 +189,7 @@ def assess(run: Session) -> Evaluation:
     wall_s = run.logger.wall_s
     env_steps, loop = run.env_steps, run.config.loop
     seed = run.config.seed + EVALUATION_SEED + env_steps
-    result = evaluate(run.agent, run.eval_envs, loop.eval_episodes, seed=seed)
+    result = ranks.done_by_first(lambda: evaluate(run.agent, run.eval_envs, loop.eval_episodes, seed=seed))
     run.last_evaluation = result.mean
     if result.frames is not None and loop.view_steps > 0:
         frames = result.frames.transpose(0, 2, 3, 1)
@@ -193,11 +203,11 @@ def assess(run: Session) -> Evaluation:
 
 def finish(run: Session, evaluation: Evaluation | None) -> Evaluation:
     """The last evaluation, its video, and where everything lies. A finished run is not evaluated again."""
-    result = evaluation or recorded(run) or assess(run)
+    result = evaluation or ranks.done_by_first(lambda: recorded(run)) or assess(run)
     log = run.logger
     text = f"evaluation: {result.mean:.1f} ± {np.std(result.returns):.1f} over {len(result.returns)} episodes"
     log.message(f"{run.path} reached {run.env_steps:,} env_steps; {text}")
-    if result.frames is not None:
+    if result.frames is not None and ranks.is_first():
         video = run.path / "videos" / "final.mp4"
         write_video(video, result.frames.transpose(0, 2, 3, 1), fps=run.frame_rate)
         log.message(f"video: {video}")

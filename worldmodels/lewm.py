@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from worldmodels import ranks
 from worldmodels.encoder import (
     ConvConfig,
     ConvEncoder,
@@ -304,7 +305,7 @@ class LeWorldModel(WorldModel):
         encoded = self.encoder(x).float().view(b, t, -1)
         z = encoded.detach().requires_grad_() if cut else encoded
         states, after = self.states(batch, z)
-        directions = random_directions(z.shape[-1], self.config.sigreg_directions, device=z.device)
+        directions = ranks.of_first(random_directions(z.shape[-1], self.config.sigreg_directions, device=z.device))
         return states, LeWMEmbedded(encoded, z, after, directions)
 
     def backward_encoder(self, embedded: tuple[LeWMState, LeWMEmbedded]) -> None:
@@ -312,21 +313,30 @@ class LeWorldModel(WorldModel):
         encoded.backward(z.grad)
 
     def losses(self, batch: Batch, embedded: tuple[LeWMState, LeWMEmbedded]) -> tuple[Float[Tensor, ""], Metrics]:
-        """Mean losses over rows; see the module's docstring. Rows that follow an episode's end are never predicted."""
+        """Mean losses over rows; see the module's docstring. Rows that follow an episode's end are never predicted.
+
+        Of several ranks each gets its share (:mod:`worldmodels.ranks`), as if their batches were one.
+        """
         cfg = self.config
         states, (_, z, after, directions) = embedded
         rolled = self._rollout(batch, z, after)
+        known = self._known(batch)
+        counts = [known.sum(), *(rolled.alive(k).sum() for k in range(1, rolled.steps + 1))]
+        of_known, of_alive = ranks.sum_over_ranks(torch.stack(counts)).split([1, rolled.steps])
         terms = {
-            "pred_loss": _masked_mean(rolled.errors(1), rolled.alive(1)),
+            "pred_loss": _masked_mean(rolled.errors(1), rolled.alive(1), of_alive[0]),
             "sigreg_loss": self._sigreg(z, directions),
         }
         loss = terms["pred_loss"] + cfg.sigreg_weight * terms["sigreg_loss"]
         if rolled.steps > 1 and cfg.rollout_weight:
-            each = [_masked_mean(rolled.errors(k), rolled.alive(k)) for k in range(2, rolled.steps + 1)]
+            each = [
+                _masked_mean(rolled.errors(k), rolled.alive(k), of_alive[k - 1]) for k in range(2, rolled.steps + 1)
+            ]
             terms["rollout_loss"] = torch.stack(each).mean()
             loss = loss + cfg.rollout_weight * terms["rollout_loss"]
         if cfg.reward_weight or cfg.cont_weight:
-            head_terms = self._head_losses(batch, self.feat(states), rolled)
+            weight = torch.cat([known / of_known.clamp(min=1), rolled.mask / of_alive.sum().clamp(min=1)])
+            head_terms = self._head_losses(batch, self.feat(states), rolled, weight)
             terms |= head_terms
             loss = loss + cfg.reward_weight * head_terms["reward_loss"] + cfg.cont_weight * head_terms["cont_loss"]
         return loss, {name: value.detach() for name, value in terms.items()}
@@ -339,7 +349,8 @@ class LeWorldModel(WorldModel):
         return (row >= self.history - 1) | is_first.cummax(1).values
 
     def _sigreg(self, z: Float[Tensor, "B T D"], directions: Float[Tensor, "D M"]) -> Float[Tensor, ""]:
-        return sigreg(z.flatten(0, 1) if self.config.sigreg_sample == "batch" else z.transpose(0, 1), directions)
+        sample = z.flatten(0, 1) if self.config.sigreg_sample == "batch" else z.transpose(0, 1)
+        return sigreg(sample, directions, over_ranks=True)
 
     def _rollout(self, batch: Batch, z: Float[Tensor, "B T D"], after: LeWMState) -> Rollout:
         """Open-loop predictions 1..rollout steps from every row that has that many behind it."""
@@ -362,19 +373,22 @@ class LeWorldModel(WorldModel):
         error = (reached.z[:, -1] - _arrivals(z, spans)).square().mean(-1)
         return Rollout(spans, reached, error, torch.cat([x.flatten() for x in alive]).float())
 
-    def _head_losses(self, batch: Batch, real: Float[Tensor, "R F"], rolled: Rollout) -> dict[str, Tensor]:
-        """Reward and continue losses on real states and on rolled-out ones, each the mean of its rows."""
+    def _known(self, batch: Batch) -> Float[Tensor, " N"]:
+        """1 for each row whose reward follows from what is remembered: no action led to an is_first row."""
+        row = torch.arange(batch.reward.shape[1], device=batch.reward.device)
+        return (~batch.is_first & self._remembered(batch.is_first) & (row > 0)).flatten().float()
+
+    def _head_losses(
+        self, batch: Batch, real: Float[Tensor, "N F"], rolled: Rollout, weight: Float[Tensor, " M"]
+    ) -> dict[str, Tensor]:
+        """Reward and continue losses on real states and on rolled-out ones, weighted."""
         t = batch.reward.shape[1]
         going = 1.0 - batch.is_terminal.float()
-        # No action led to an is_first row.
-        row = torch.arange(t, device=real.device)
-        known = (~batch.is_first & self._remembered(batch.is_first) & (row > 0)).flatten().float()
         feat = torch.cat([real, self.feat(rolled.reached)])
         read = self.head_trunk(feat if self.config.head_gradient else feat.detach())
         spans = [(0, t), *rolled.spans]
         reward = self.reward_head.loss(read, _arrivals(batch.reward, spans))
         cont = self.cont_head.loss(read, _arrivals(going, spans))
-        weight = torch.cat([x / x.sum().clamp(min=1) for x in (known, rolled.mask)])
         return {"reward_loss": (weight * reward).sum(), "cont_loss": (weight * cont).sum()}
 
     @torch.no_grad()
@@ -396,8 +410,9 @@ class LeWorldModel(WorldModel):
         for k in sorted({1, rolled.steps}):
             n = rolled.spans[k - 1][1]
             copied = (rows[:, k : k + n] - rows[:, :n]).square().mean(-1).flatten()
-            out[f"open_loop_error_{k}"] = _masked_mean(rolled.errors(k), rolled.alive(k)) / scale
-            out[f"copy_last_error_{k}"] = _masked_mean(copied, rolled.alive(k)) / scale
+            alive = rolled.alive(k)
+            out[f"open_loop_error_{k}"] = _masked_mean(rolled.errors(k), alive, alive.sum()) / scale
+            out[f"copy_last_error_{k}"] = _masked_mean(copied, alive, alive.sum()) / scale
         return {name: float(value) for name, value in out.items()}
 
 
@@ -406,8 +421,8 @@ def _arrivals(x: Shaped[Tensor, "B T *X"], spans: list[tuple[int, int]]) -> Shap
     return torch.cat([x[:, k : k + n].flatten(0, 1) for k, n in spans])
 
 
-def _masked_mean(x: Float[Tensor, " R"], mask: Float[Tensor, " R"]) -> Float[Tensor, ""]:
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+def _masked_mean(x: Float[Tensor, " R"], mask: Float[Tensor, " R"], count: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    return (x * mask).sum() / count.clamp(min=1)
 
 
 def build_world_model(obs_shape: tuple[int, ...], action_dim: int, config: LeWMConfig) -> LeWorldModel:

@@ -20,9 +20,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from worldmodels import ranks
+
 
 def sigreg(
-    z: Float[Tensor, "*T N D"], directions: Float[Tensor, "D M"], knots: int = 17, t_max: float = 3.0
+    z: Float[Tensor, "*T N D"],
+    directions: Float[Tensor, "D M"],
+    knots: int = 17,
+    t_max: float = 3.0,
+    *,
+    over_ranks: bool = False,
 ) -> Float[Tensor, ""]:
     """The SIGReg statistic of the sample ``z``, a mean over the unit columns of ``directions``.
 
@@ -31,6 +38,9 @@ def sigreg(
     (T, B, D) one for each time step as in LeWorldModel. Arithmetic is in float32 (float64 for float64 input), whatever
     autocast says. The gradient reaches ``z`` only, and once (no second derivative).
 
+    With ``over_ranks`` the sample is the rows of all ranks, N of each and along the same directions; the answer is this
+    rank's share of the statistic, and its gradient that of the whole statistic (:mod:`worldmodels.ranks`).
+
     Raises ValueError where fewer than 2 knots or a ``t_max`` that is not positive are asked for.
     """
     if knots < 2 or t_max <= 0:
@@ -38,7 +48,7 @@ def sigreg(
     dtype = torch.promote_types(z.dtype, torch.float32)
     with torch.autocast(z.device.type, enabled=False):
         x = z.to(dtype) @ directions.detach().to(dtype)
-        return _EppsPulley.apply(x, knots, t_max / (knots - 1))
+        return _EppsPulley.apply(x, knots, t_max / (knots - 1), over_ranks)
 
 
 class _EppsPulley(torch.autograd.Function):
@@ -50,16 +60,18 @@ class _EppsPulley(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, knots: int, dt: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, knots: int, dt: float, over_ranks: bool) -> Tensor:
         cosines, sines = _harmonics(x * dt, knots - 1)
         # The knot t = 0 is left out: both functions are 1 there.
         t = dt * torch.arange(1, knots, device=x.device, dtype=x.dtype)
         phi = torch.exp(-0.5 * t * t)
         w = torch.cat([2 * dt * phi[:-1], dt * phi[-1:]])
         per_knot = (-1, *[1] * (x.ndim - 1))
-        real = torch.stack([c.mean(-2) for c in cosines]) - phi.view(per_knot)
-        imag = torch.stack([s.mean(-2) for s in sines])
-        statistic = x.shape[-2] * torch.tensordot(w, real.square() + imag.square(), 1)
+        means, rows = torch.stack([part.mean(-2) for part in (*cosines, *sines)]), x.shape[-2]
+        if over_ranks:
+            means, rows = ranks.sum_over_ranks(ranks.share(means)), rows * ranks.size()
+        real, imag = means[: knots - 1] - phi.view(per_knot), means[knots - 1 :]
+        statistic = rows * torch.tensordot(w, real.square() + imag.square(), 1)
 
         if ctx.needs_input_grad[0]:
             # d/dx_n of N·w(real² + imag²) = 2·w·t(imag·cos(t·x_n) − real·sin(t·x_n)): the N and the mean's 1/N cancel.
@@ -69,13 +81,13 @@ class _EppsPulley(torch.autograd.Function):
             for k in range(knots - 1):
                 gradient.addcmul_(cosines[k], of_cos[k]).addcmul_(sines[k], of_sin[k], value=-1)
             ctx.save_for_backward(gradient)
-        return statistic.mean()
+        return ranks.share(statistic.mean()) if over_ranks else statistic.mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return grad * gradient, None, None
+        return grad * gradient, None, None, None
 
 
 def _harmonics(angle: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
