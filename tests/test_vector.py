@@ -294,9 +294,10 @@ def test_any_error_in_a_worker_is_its_death_with_the_reason() -> None:
 # --- the workers' end -----------------------------------------------------------------------------------------------
 
 PROGRAM = """
-import sys
+import signal
 import torch
 import envs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 config = envs.EnvConfig(size=16)
 envs.make_env("dmc/cartpole-swingup", config).reset()  # OpenGL is loaded here when the workers start
 vector = envs.make_vector_env("dmc/cartpole-swingup", config, 2)
