@@ -281,7 +281,7 @@ def test_one_nan_of_an_environment_closes_its_episode_and_the_run_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     misbehave(monkeypatch, {20, 70})
-    assert main(flags(tmp_path / "run", MOODY)) == 0
+    assert main(flags(tmp_path / "run", MOODY, loop__train_ratio=32)) == 0
     warnings = [record.message for record in caplog.records if "NaN" in record.message]
     assert len(warnings) == 2
     assert all("Moody-v0" in text and "episode seed" in text for text in warnings)

@@ -102,7 +102,7 @@ def test_parts_of_the_state_have_names() -> None:
 
 
 def test_a_task_without_mujoco_has_no_physical_state() -> None:
-    with pytest.raises(NoPhysics, match="dmc/ and mujoco/"):
+    with pytest.raises(NoPhysics, match="dmc/, mujoco/ and OGBench"):
         make_env(COUNT, EnvConfig(physics=True))
 
 

@@ -194,7 +194,7 @@ def test_what_cannot_be_divided_is_refused(changes: dict[str, int], said: str, t
 
 
 def test_the_random_agent_is_for_one_process(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="learns nothing"):
+    with pytest.raises(ConfigError, match="--agent random learns in one process, not in 2"):
         check_parts(replace(config(tmp_path, RUN), agent="random"), 2)
 
 

@@ -176,7 +176,7 @@ def test_train_ratio_is_updates_over_agent_steps(ratio: float, per_step: float, 
 
 def test_several_environments_share_the_train_ratio(tmp_path: Path) -> None:
     """Two environments: two agent steps a row, two updates a row."""
-    train(config(tmp_path, COUNTING, num_envs=2, env_steps=240, loop__prefill=80), quiet=True)
+    train(config(tmp_path, COUNTING, num_envs=2, env_steps=240, loop__prefill=80, loop__train_ratio=32), quiet=True)
     metrics = rows(tmp_path / "metrics.jsonl")
     first, last = metrics[0], metrics[-1]
     assert last["agent_steps"] - first["agent_steps"] >= 100
@@ -412,7 +412,8 @@ def test_reinforce_and_transformer_run(tmp_path: Path) -> None:
         "model.transformer.mlp": 16,
         "model.transformer.projector": 16,
     }
-    changes = config(tmp_path, COUNTING | small, gradient="reinforce", model__predictor="transformer", env_steps=60)
+    once_a_step = COUNTING | small | {"loop.train-ratio": 32}
+    changes = config(tmp_path, once_a_step, gradient="reinforce", model__predictor="transformer", env_steps=60)
     assert train(changes, quiet=True) is not None
     assert rows(tmp_path / "metrics.jsonl")[-1]["updates"] >= 15
 
