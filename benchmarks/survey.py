@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from benchmarks.curves import Curve, CurvesError, kind, read_run
-from benchmarks.grid import Grid, GridError, read_grid
+from benchmarks.grid import Cell, Grid, GridError, read_grid
 from runners.config import AgentName, Config
 
 FEW_SEEDS = 5
@@ -23,17 +23,6 @@ class SurveyError(ValueError):
     """There is nothing to report on. The message says where it was looked for, and why."""
 
 
-class Key(NamedTuple):
-    """A cell of a grid. ``agent`` is a label as of :func:`agent_label`."""
-
-    task: str
-    agent: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.agent} on {short(self.task)}, seed {self.seed}"
-
-
 @dataclass(frozen=True)
 class Survey:
     """Every run that has an evaluation, and what a reader must know about those that are not there."""
@@ -41,10 +30,10 @@ class Survey:
     tasks: Sequence[str]
     """In the order of every table and picture, as are the agents."""
     agents: Sequence[str]
-    runs: Mapping[Key, Curve]
+    runs: Mapping[Cell, Curve]
     env_steps: int
     """The budget: the grid's, or else the largest of any run."""
-    wanted: frozenset[Key]
+    wanted: frozenset[Cell]
     """What the grid asked for; what was found, where there is no grid."""
     notes: Sequence[str]
     """What is missing, unfinished, failed, left out or unequal. Plain sentences."""
@@ -53,7 +42,7 @@ class Survey:
         """The runs of one cell, by seed."""
         return [run for key, run in sorted(self.runs.items()) if key[:2] == (task, agent)]
 
-    def finished(self, key: Key) -> bool:
+    def finished(self, key: Cell) -> bool:
         """Whether the run was evaluated at the end of its budget."""
         run = self.runs.get(key)
         return run is not None and run.rows[-1].env_steps >= self.target(run)
@@ -66,6 +55,10 @@ class Survey:
 def agent_label(config: Config) -> str:
     """The agent as a grid names it: with ``:state`` where it does not see pixels."""
     return f"{config.agent}:state" if config.env.obs == "state" else config.agent
+
+
+def in_words(cell: Cell) -> str:
+    return f"{cell.agent} on {short(cell.task)}, seed {cell.seed}"
 
 
 def short(task: str) -> str:
@@ -92,9 +85,7 @@ def survey(folders: Sequence[Path]) -> Survey:
         raise SurveyError(f"no run with an evaluation in {where}{why}{more}")
     labels = {curve: agent_label(curve.config) for curve in curves} if grids else _telling_labels(curves)
     runs, notes = _by_key(curves, labels)
-    wanted = frozenset(
-        Key(task, agent, seed) for grid in grids for task in grid.tasks for agent in grid.agents for seed in grid.seeds
-    )
+    wanted = frozenset(cell for grid in grids for cell in grid.cells())
     if wanted:
         extra = sorted(runs.keys() - wanted)
         if extra:
@@ -183,21 +174,21 @@ def _telling_labels(curves: Sequence[Curve]) -> dict[Curve, str]:
     }
 
 
-def _by_key(curves: Sequence[Curve], labels: Mapping[Curve, str]) -> tuple[dict[Key, Curve], list[str]]:
+def _by_key(curves: Sequence[Curve], labels: Mapping[Curve, str]) -> tuple[dict[Cell, Curve], list[str]]:
     """One run for each cell: of two with the same seed, which are no independent runs, the one that went further."""
-    runs: dict[Key, Curve] = {}
+    runs: dict[Cell, Curve] = {}
     notes = []
     for curve in curves:
-        key = Key(curve.config.task, labels[curve], curve.config.seed)
+        key = Cell(curve.config.task, labels[curve], curve.config.seed)
         if key in runs:
             first, second = sorted((runs[key], curve), key=lambda one: -one.rows[-1].env_steps)
-            notes.append(f"There are two runs of {key}; {first.name} counts, {second.name} does not.")
+            notes.append(f"There are two runs of {in_words(key)}; {first.name} counts, {second.name} does not.")
             curve = first
         runs[key] = curve
     return runs, notes
 
 
-def _in_order(runs: Iterable[Key]) -> list[str]:
+def _in_order(runs: Iterable[Cell]) -> list[str]:
     """Labels as the agents are listed in --help, each one's pixels before its state."""
     known = get_args(AgentName)
     return sorted(
@@ -219,8 +210,9 @@ def _missing(found: Survey, failures: Mapping[str, str], broken: Sequence[str]) 
         notes.append(
             f"Unfinished: {len(unfinished)} of {total} runs have not reached their budget: "
             + "; ".join(
-                f"{key} at {found.runs[key].rows[-1].env_steps:,} of {found.target(found.runs[key]):,} env_steps"
+                f"{in_words(key)} at {run.rows[-1].env_steps:,} of {found.target(run):,} env_steps"
                 for key in unfinished
+                for run in [found.runs[key]]
             )
             + ". They count up to where they are."
         )
@@ -270,7 +262,7 @@ def _settings(found: Survey) -> list[str]:
     return notes
 
 
-def _listed(keys: Iterable[Key]) -> str:
+def _listed(keys: Iterable[Cell]) -> str:
     """Cells in words, with the seeds of each together."""
     cells: dict[tuple[str, str], list[int]] = defaultdict(list)
     for key in keys:

@@ -23,10 +23,11 @@ from rliable import metrics
 
 from benchmarks import report, statistics
 from benchmarks.curves import Curve, read_run
+from benchmarks.grid import Cell
 from benchmarks.plot import COLOURS
 from benchmarks.report_data import count
 from benchmarks.statistics import Block, aggregate, band, complete_block, mean_interval, score_at
-from benchmarks.survey import Key, survey
+from benchmarks.survey import survey
 from envs import EnvConfig
 from runners.config import Config, presets, to_json
 from runners.logger import Logger
@@ -231,8 +232,8 @@ def test_what_is_missing_unfinished_failed_or_unequal_is_said(tmp_path: Path) ->
     found = survey([grid])
     assert (list(found.tasks), list(found.agents)) == ([CARTPOLE, REACHER], ["mpc", "dreamer:state"])
     assert len(found.runs) == 5
-    assert found.finished(Key(CARTPOLE, "mpc", 1))
-    assert not found.finished(Key(CARTPOLE, "mpc", 2))
+    assert found.finished(Cell(CARTPOLE, "mpc", 1))
+    assert not found.finished(Cell(CARTPOLE, "mpc", 2))
     missing, unfinished, failure, left_out, unequal, few, extra = found.notes
     assert missing == (
         "Missing: 3 of 8 runs have no evaluation: dreamer:state on reacher-easy, seed 2; "
@@ -258,8 +259,8 @@ def test_half_written_runs_count_as_far_as_they_are(tmp_path: Path) -> None:
     empty = write_run(tmp_path / "all" / "c", new_config(seed=3), [])
     (empty / "evals.jsonl").unlink()
     found = survey([tmp_path / "all"])
-    assert list(found.runs) == [Key(CARTPOLE, "dreamer", 1)]
-    assert [row.env_steps for row in found.runs[Key(CARTPOLE, "dreamer", 1)].rows] == [50_000]
+    assert list(found.runs) == [Cell(CARTPOLE, "dreamer", 1)]
+    assert [row.env_steps for row in found.runs[Cell(CARTPOLE, "dreamer", 1)].rows] == [50_000]
     assert [note.partition(": ")[0] for note in found.notes] == ["Unfinished", "Left out", "Left out", "Few seeds"]
     assert make_report(tmp_path / "all", "--out", tmp_path / "out") == 0
     page = (tmp_path / "out" / "index.html").read_text()
