@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runners.replay import Replay
-from runners.vecenv import Row, stack_rows
+from runners.vecenv import Row, add_complete
 from worldmodels.interface import Batch
 
 
@@ -71,8 +71,7 @@ class RowBuffer(BaseBuffer):
                 terminal = not infos[i]["TimeLimit.truncated"]
                 queue.append(row | {"is_first": False, "is_last": True, "is_terminal": terminal})
         self._reward, self._is_first = np.where(done, 0, reward).astype(np.float32), np.array(done, bool)
-        while all(self._queues):
-            self.replay.add(**stack_rows([queue.popleft() for queue in self._queues]))
+        add_complete(self.replay, self._queues)
 
     def _newest(self, obs: Shaped[np.ndarray, "*obs"]) -> Shaped[np.ndarray, "*one"]:
         """The last picture of a stack, or the state."""

@@ -166,8 +166,7 @@ class BaselineRun(Session):
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
             "replay": None if self.buffer is None else self.buffer.replay.position(),
             "normalise": None if normalise is None else _normalise_state(normalise),
-            "torch_random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            **self.torch_random(),
             "numpy_random": key | {"state": key["state"] | {"key": torch.tensor(key["state"]["key"].astype(np.int64))}},
             "action_random": model.action_space.np_random.bit_generator.state,
         }
@@ -202,9 +201,7 @@ class BaselineRun(Session):
         key = start["numpy_random"]
         words = key["state"]["key"].numpy().astype(np.uint32)
         np.random.set_state(key | {"state": key["state"] | {"key": words}})  # noqa: NPY002
-        torch.set_rng_state(start["torch_random"])
-        if start["cuda_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(start["cuda_random"])
+        self.set_torch_random(start)
 
 
 class _Between(BaseCallback):

@@ -137,8 +137,7 @@ class Run(Session):
             "collector": self.collector.state_dict(),
             "replay": self.replay.position(),
             "prefiller": self.prefiller.state_dict(),
-            "torch_random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            **self.torch_random(),
             "generator": self.generator.bit_generator.state,
         }
 
@@ -168,9 +167,7 @@ class Run(Session):
         if self.viewer is not None:
             self.viewer.load_state_dict(state["viewer"])
         self.generator.bit_generator.state = own["generator"]
-        torch.set_rng_state(own["torch_random"])
-        if own["cuda_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda_random"])
+        self.set_torch_random(own)
 
     def _build_viewer(self) -> Viewer | None:
         shape = self.envs.single_observation_space.shape

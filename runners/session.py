@@ -132,6 +132,17 @@ class Session:
         self.last[name] = now
         return True
 
+    def torch_random(self) -> dict[str, Any]:
+        """PyTorch's random states, for a checkpoint."""
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        return {"torch_random": torch.get_rng_state(), "cuda_random": cuda}
+
+    def set_torch_random(self, state: dict[str, Any]) -> None:
+        """The inverse, from a checkpoint's dict with other things in it."""
+        torch.set_rng_state(state["torch_random"])
+        if state["cuda_random"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"])
+
     def wait(self) -> None:
         """Take in what the environments still have to answer."""
 

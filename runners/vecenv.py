@@ -129,13 +129,18 @@ class VecEnvCollector:
         """Queue a row of every stream, and add to the replay whatever is complete."""
         for i, queue in enumerate(self._queues):
             queue.append({name: value[i] for name, value in row.items()})
-        while all(self._queues):
-            self.replay.add(**stack_rows([queue.popleft() for queue in self._queues]))
+        add_complete(self.replay, self._queues)
 
 
 def stack_rows(rows: list[Row]) -> Row:
     """The rows of single streams as one of all."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def add_complete(replay: Replay, queues: list[deque[Row]]) -> None:
+    """Moves what waits in the queues, one for each stream, to the replay, as far as every stream has a row."""
+    while all(queues):
+        replay.add(**stack_rows([queue.popleft() for queue in queues]))
 
 
 class TaskVecEnv(VecEnv):
