@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from agents.actor_critic import CriticConfig, Estimator, Pathwise, PolicyConfig, Reinforce
-from agents.dreamer import DreamerAgent, DreamerConfig
+from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
 from agents.interface import Agent
 from agents.mpc import MPCAgent, MPCConfig, build_planner
 from agents.random import RandomAgent
@@ -94,6 +94,14 @@ class Config:
     """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
+    compile: Compilation = "auto"
+    """How an update is run. true: fused by torch.compile, and on CUDA replayed as one graph, without launches between
+    its kernels. graph: the latter alone. false: operator by operator. auto: graph on CUDA, else false. All compute the
+    same, to rounding."""
+    overlap: bool = True
+    """Learn while the environments take their step, where they run in processes of their own. Either way an action is
+    chosen by the newest weights and a batch is drawn from all rows before that step, so that the numbers are the
+    same."""
     profile: int = 0
     """Updates to trace with PyTorch's profiler, after ten that are not, into profile/ in the run's folder; 0: none. A
     run may be resumed with another number."""
@@ -406,7 +414,7 @@ def build_agent(config: Config, observations: gym.Space, actions: gym.Space, dev
     model = build_world_model(observations.shape, action_dim, config.model).to(device)
     estimator: Estimator = Pathwise() if config.gradient == "pathwise" else Reinforce()
     if config.agent == "dreamer":
-        return DreamerAgent(model, action_dim, estimator, config.dreamer)
+        return DreamerAgent(model, action_dim, estimator, config.dreamer, config.compile)
     if config.model.reward_weight == 0:
         raise ConfigError(
             "the mpc agent plans for imagined rewards, but --model.reward-weight is 0, so that no reward was learned"
@@ -415,7 +423,7 @@ def build_agent(config: Config, observations: gym.Space, actions: gym.Space, dev
         planner = build_planner(config.mpc)
     except ValueError as error:
         raise ConfigError(f"--mpc.{config.mpc.planner}: {error}") from error
-    return MPCAgent(model, action_dim, estimator, config.dreamer, config.mpc, planner)
+    return MPCAgent(model, action_dim, estimator, config.dreamer, config.mpc, planner, config.compile)
 
 
 def to_json(config: Config) -> str:
@@ -483,7 +491,7 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"{file} cannot be used: {error}") from error
 
 
-_NOT_THE_RUN = ("run_dir", "profile")
+_NOT_THE_RUN = ("run_dir", "profile", "compile", "overlap")
 """Fields that change nothing of what is learned."""
 
 
