@@ -268,11 +268,10 @@ class DreamerAgent:
         """Gradients of policy and critic from imagination. Touches no parameter's ``grad``."""
         self.model.eval()  # imagining sees the normalisation that acting sees
         policy_loss, critic_loss, metrics = self._behaviour_losses(self._choose_starts(states, ended))
-        gradients = {
-            name: torch.autograd.grad(loss, self.groups[name], allow_unused=True)
-            for name, loss in (("policy", policy_loss), ("critic", critic_loss))
-        }
-        return Behaviour(gradients, metrics)
+        # Neither loss depends on the other's parameters, so that their sum has the gradients of both.
+        policy, critic = self.groups["policy"], self.groups["critic"]
+        gradients = torch.autograd.grad(policy_loss + critic_loss, [*policy, *critic], allow_unused=True)
+        return Behaviour({"policy": gradients[: len(policy)], "critic": gradients[len(policy) :]}, metrics)
 
     def _add_gradients(self, gradients: Mapping[str, tuple[Tensor | None, ...]]) -> None:
         """The critic's meet those from the replayed rows."""

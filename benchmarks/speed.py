@@ -30,9 +30,11 @@ from agents.dreamer import DreamerAgent, computes_bf16
 from agents.mpc import MPCAgent
 from agents.random import RandomAgent
 from benchmarks.decision import published_peer, time_decision, time_published_decision
+from benchmarks.loop import time_loop
 from benchmarks.peers import PeerUnavailable
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
+from benchmarks.update_cost import measure_cost
 from benchmarks.update_parts import PARTS, time_parts
 from envs import EnvConfig, action_repeat_of, make_vector_env
 from runners.config import Config, ConfigError, build_agent, check, parse_args, refuse_below, resolve_device
@@ -48,9 +50,9 @@ class SpeedConfig:
     """Time environments, replay, updates and acting. Every flag of runners.train works too: --task, --preset, --device,
     --threads, --model.latent-dim and so on; what is timed is what a training with those flags would run."""
 
-    suite: Literal["all", "env", "replay", "update", "act", "plan", "published"] = "all"
-    """What to measure. plan is one decision of the planning agent. published is one of LeWorldModel as published, which
-    takes a processor a minute or more; all leaves it out."""
+    suite: Literal["all", "env", "replay", "update", "act", "plan", "loop", "published"] = "all"
+    """What to measure. plan is one decision of the planning agent, loop is collecting and learning together. published
+    is one decision of LeWorldModel as published, which takes a processor a minute or more; all leaves it out."""
     peers: bool = False
     """Time stable-worldmodel's LeWM and CEM in turn with --suite published, and print its time over ours. Needs the
     extra `.[peers]`."""
@@ -143,7 +145,7 @@ def measure_update(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
         memory["memory/cuda_peak"] = Measurement(peak / 2**20, "MiB", note="allocated at once by the updates")
     parts = time_parts(agent, batch, total_ms, options.repeats)
     note = f"{total_ms:.1f} ms; batch {run.loop.batch}×{run.loop.length}, {run.gradient}, behaviour in 1 of {cycle}"
-    results = {"update/total": replace(total, note=note)}
+    results = {"update/total": replace(total, note=note)} | measure_cost(agent, batch, total_ms, watch)
     for part, ms in parts.items():
         results[f"update/{part}"] = Measurement(ms, "ms", note=f"{ms / total_ms:.0%} · {PARTS[part]}")
     return results | memory
@@ -185,11 +187,17 @@ def measure_published(run: Config, options: SpeedConfig, watch: Stopwatch) -> Re
     return time_published_decision(watch, bf16=computes_bf16(watch.device), peer=peer)
 
 
+def measure_loop(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
+    """Env_steps and updates a second of the whole loop, and how busy it keeps a GPU."""
+    return time_loop(run, watch)
+
+
 SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "env": measure_env,
     "update": measure_update,
     "act": measure_act,
     "plan": measure_plan,
+    "loop": measure_loop,
     "published": measure_published,
     "replay": measure_replay,
 }
