@@ -33,11 +33,13 @@ from benchmarks.decision import published_peer, time_decision, time_published_de
 from benchmarks.loop import time_loop
 from benchmarks.peers import PeerUnavailable
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
+from benchmarks.reference_size import reference
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
 from benchmarks.update_cost import measure_cost
 from benchmarks.update_parts import PARTS, time_parts
 from envs import EnvConfig, action_repeat_of, make_vector_env
-from runners.config import Config, ConfigError, build_agent, check, parse_args, refuse_below, resolve_device
+from runners.checks import check, refuse_below
+from runners.config import Config, ConfigError, build_agent, parse_args, resolve_device
 from runners.replay import Replay
 from runners.rollout import Collector
 from runners.session import configure_torch
@@ -53,6 +55,9 @@ class SpeedConfig:
     suite: Literal["all", "env", "replay", "update", "act", "plan", "loop", "published"] = "all"
     """What to measure. plan is one decision of the planning agent, loop is collecting and learning together. published
     is one decision of LeWorldModel as published, which takes a processor a minute or more; all leaves it out."""
+    size: Literal["preset", "reference"] = "preset"
+    """Sizes of the networks and of a batch: what the flags say, or those that updates are compared at, about 12M
+    parameters, 16×64 rows, 1,024 starts × 15."""
     peers: bool = False
     """Time stable-worldmodel's LeWM and CEM in turn with --suite published, and print its time over ours. Needs the
     extra `.[peers]`."""
@@ -324,6 +329,8 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         run = parse_args(others)
+        if options.size == "reference":
+            run = reference(run)
         check(run)
         _check_options(options)
         device = resolve_device(run.device)

@@ -25,7 +25,8 @@ from runners.baseline_agent import BaselineAgent, build_baseline
 from runners.baseline_buffer import RowBuffer, random_shift
 from runners.baseline_config import BASELINES
 from runners.baselines import BaselineRun
-from runners.config import ConfigError, build_agent, check, parse_args
+from runners.checks import check
+from runners.config import ConfigError, build_agent, parse_args
 from runners.evaluate import main as evaluate_main
 from runners.replay import Replay
 from runners.train import main, train
