@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -74,6 +75,9 @@ Compilation = Literal["auto", "true", "graph", "false"]
 """How an update is run. false: operator by operator. graph: on a GPU, replayed as one CUDA graph of the same kernels.
 true: fused by torch.compile, and on a GPU replayed as a graph. auto: graph, which on a processor is false."""
 
+COMPILER = "inductor"
+"""torch.compile's backend."""
+
 
 class DreamerCarry(NamedTuple):
     """A model state, the action that left it, and this episode's probability of a random one."""
@@ -136,10 +140,13 @@ class DreamerAgent:
         on_gpu = self.device.type == "cuda"
         if compilation == "true":
             self.beside = one_after_the_other  # two threads would compile at the same time
-            # With PyTorch's own random numbers, so that compiled and uncompiled updates are the same update.
-            as_eager: dict[str, Any] = {"dynamic": False, "options": {"fallback_random": True}}
-            self._model_losses = torch.compile(self._model_losses, **as_eager)  # type: ignore[method-assign]
-            self._behaviour_losses = torch.compile(self._behaviour_losses, **as_eager)  # type: ignore[method-assign]
+            # PyTorch's own random numbers, so that compiled and uncompiled updates are the same update.
+            from torch._inductor import config  # which takes seconds to import
+
+            config.fallback_random = True
+            compiled = partial(torch.compile, dynamic=False, backend=COMPILER)
+            self._model_losses = compiled(self._model_losses)  # type: ignore[method-assign]
+            self._behaviour_losses = compiled(self._behaviour_losses)  # type: ignore[method-assign]
         # Ranks meet in the middle of an update, on the host.
         recorded = on_gpu and compilation != "false" and ranks.size() == 1
         self._learn_on_device = Captured(self._learn, enabled=recorded)

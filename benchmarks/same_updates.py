@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from agents import dreamer
 from agents.actor_critic import CriticConfig, PolicyConfig
 from agents.dreamer import Compilation, DreamerAgent
 from runners.config import Config, build_agent, presets, resolve_device
@@ -34,6 +35,9 @@ class SameConfig:
 
     device: str = "auto"
     """auto, cpu or cuda."""
+    compiler: str = "inductor"
+    """torch.compile's backend. aot_eager traces and splits forward from backward, but compiles nothing, which takes a
+    processor seconds and not minutes."""
     tolerance: float = 2e-3
     """How far a figure or a weight may be off after the last update, beside a hundredth of itself."""
 
@@ -94,6 +98,7 @@ def differences(way: Compilation, device: torch.device, tolerance: float) -> lis
 def main() -> int:
     options = tyro.cli(SameConfig, prog="python -m benchmarks.same_updates")
     device = resolve_device(options.device)
+    dreamer.COMPILER = options.compiler
     ways: tuple[Compilation, ...] = ("true",) if device.type == "cpu" else ("graph", "true")
     failed = False
     for way in ways:

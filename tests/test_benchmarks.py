@@ -29,6 +29,7 @@ from benchmarks.decision import PartClock, published_peer
 from benchmarks.peers import PeerUnavailable
 from benchmarks.plot import mean_curve, read_references
 from benchmarks.stopwatch import Stopwatch
+from benchmarks.update_cost import count_flop
 from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
 from runners.config import Config, build_agent, parse_args, presets, to_json
@@ -396,9 +397,7 @@ def test_each_operator_is_charged_to_its_part_and_its_backward_step_too() -> Non
 def test_measuring_the_parts_of_an_update_is_the_update_itself() -> None:
     config = parse_args([*SMALL, "--dreamer.behaviour-every", "3"])
     observations, actions = gym.spaces.Box(0, 255, (3, 16, 16), np.uint8), gym.spaces.Box(-1, 1, (2,), np.float32)
-    never = torch.zeros(4, 8, dtype=torch.bool)
-    pixels = torch.randint(0, 256, (4, 8, 3, 16, 16), dtype=torch.uint8)
-    batch = Batch(pixels, torch.rand(4, 8, 2), torch.rand(4, 8), never, never, never)
+    batch = random_rows(4, 8)
 
     def learn(updates: Callable[[DreamerAgent], Any]) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
@@ -417,8 +416,33 @@ def test_measuring_the_parts_of_an_update_is_the_update_itself() -> None:
     assert all(torch.equal(measured[name], plain[name]) for name in plain)
 
 
+def test_the_arithmetic_is_that_of_the_rows_and_starts() -> None:
+    """Every product and convolution has as many rows as the batch or the imagination: twice the rows, twice as many."""
+    config = parse_args([*SMALL, "--dreamer.starts", "4"])
+    frames, actions = gym.spaces.Box(0, 255, (3, 16, 16), np.uint8), gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def count(times: int, threads: int) -> int:
+        torch.set_num_threads(threads)
+        dreamer = dataclasses.replace(config.dreamer, starts=4 * times)
+        agent = build_agent(dataclasses.replace(config, dreamer=dreamer), frames, actions, torch.device("cpu"))
+        assert isinstance(agent, DreamerAgent)
+        return count_flop(agent, random_rows(2 * times, 8))
+
+    once = count(1, 1)
+    stem = 3 * 2 * (16 * 24 * 3 * 8 * 8 * 9)
+    assert once > stem / 3 * 2, "the stem alone, forward and the gradient of its weights"
+    assert count(2, 1) == 2 * once
+    assert count(1, 2) == once, "with the halves of an update in two threads, too"
+
+
+def random_rows(batch: int, rows: int) -> Batch:
+    never = torch.zeros(batch, rows, dtype=torch.bool)
+    pixels = torch.randint(0, 256, (batch, rows, 3, 16, 16), dtype=torch.uint8)
+    return Batch(pixels, torch.rand(batch, rows, 2), torch.rand(batch, rows), never, never, never)
+
+
 SMALL = ["--preset", "cpu", "--device", "cpu", "--threads", "1", "--env.size", "16", "--loop.batch", "4"]
-SMALL += ["--loop.length", "8", "--dreamer.starts", "8"]
+SMALL += ["--loop.length", "8", "--loop.prefill", "512", "--dreamer.starts", "8"]
 QUICK = ["--repeats", "1", "--seconds", "0.01", "--replay-rows", "64", "--processes", "2"]
 
 
@@ -426,12 +450,16 @@ def test_everything_is_measured_and_written_down(tmp_path: Path, capsys: pytest.
     file = tmp_path / "new" / "speed.json"
     assert speed.main([*QUICK, *SMALL, "--json", str(file)]) == 0
     content = json.loads(file.read_text())
-    keys = ["env/canonical", "env/fast", "env/vector", "update/total", *(f"update/{part}" for part in PARTS)]
+    costs = ("arithmetic", "flop_rate", "matrix_rate", "launches")
+    keys = ["env/canonical", "env/fast", "env/vector", "update/total"]
+    keys += [f"update/{name}" for name in (*costs, *PARTS)]
     keys += [
         "act/1",
         "act/10",
         "plan/agent",
         *(f"plan/agent_{part}" for part in DECISION_PARTS),
+        "loop/collect",
+        "loop/learn",
         "replay/add",
         "replay/sample",
         "replay/sample_mirror",
