@@ -97,9 +97,9 @@ class Config:
     its kernels. graph: the latter alone. false: operator by operator. auto: graph on CUDA, else false. All compute the
     same, to rounding."""
     overlap: bool = True
-    """Learn while the environments take their step, where they run in processes of their own. Either way an action is
-    chosen by the newest weights and a batch is drawn from all rows before that step, so that the numbers are the
-    same."""
+    """Learn while the environments take their step, where they run in processes of their own. Either way the newest
+    weights choose an action, batches are drawn from all rows up to it, and a run can be repeated bit by bit; but with
+    overlap env_steps are counted a step later."""
     profile: int = 0
     """Updates to trace with PyTorch's profiler, after ten that are not, into profile/ in the run's folder; 0: none. A
     run may be resumed with another number."""
@@ -326,7 +326,7 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"{file} cannot be used: {error}") from error
 
 
-_NOT_THE_RUN = ("run_dir", "profile", "compile", "overlap")
+_NOT_THE_RUN = ("run_dir", "profile", "compile")
 """Fields that change nothing of what is learned."""
 
 

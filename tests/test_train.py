@@ -172,6 +172,9 @@ def test_train_ratio_is_updates_over_agent_steps(ratio: float, per_step: float, 
     steps, updates = last["agent_steps"] - first["agent_steps"], last["updates"] - first["updates"]
     assert steps >= 60
     assert abs(updates - per_step * steps) <= 1
+    # How old the policy was that chose what arrives: below what a step pays for, and one.
+    assert all(0 <= row["train/policy_lag"] < per_step + 1 for row in metrics if "train/policy_lag" in row)
+    assert metrics[-1]["train/policy_lag"] == pytest.approx(per_step, abs=0.5)
 
 
 def test_several_environments_share_the_train_ratio(tmp_path: Path) -> None:
@@ -282,6 +285,18 @@ def test_alignment_from_environment_to_batch(num_envs: int, obs: Any, tmp_path: 
     endings = assert_timeline(replay.sample(256, 15, np.random.default_rng(0)))
     assert endings == {True, False}
     assert len(replay) == 40 * num_envs
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_answer_is_taken_in_a_step_later_where_learning_overlaps(overlap: bool, tmp_path: Path) -> None:
+    envs = make_vector_env(COUNTING_TASK, STATE, 2, seed=0)
+    replay = new_replay(tmp_path, envs)
+    collector, agent = Collector(envs, replay, 1, overlap=overlap), RandomAgent(1, 0)
+    for k in range(1, 4):
+        collector.step(agent)
+        assert collector.env_steps == 2 * (k - overlap)
+        assert len(replay) == 2 * k, "the row that was acted on is there either way"
+    envs.close()
 
 
 def test_returns_are_those_of_whole_episodes(tmp_path: Path) -> None:
