@@ -21,9 +21,9 @@ from runners.disk import ASIDE
 from runners.run import Run
 from runners.train import main, train
 from tests.disk_helpers import disk_full_at, fill_disk, tiny_disk
+from tests.envs_helpers import PREFIX, Moody
 from tests.loop_helpers import (
     COUNTING,
-    Moody,
     config,
     contents,
     differing,
@@ -34,7 +34,7 @@ from tests.loop_helpers import (
     signal_at_row,
 )
 
-MOODY = COUNTING | {"task": "gym/tests.loop_helpers:Moody-v0"}
+MOODY = COUNTING | {"task": PREFIX + "Moody-v0"}
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from tests.loop_helpers import (
 from worldmodels.interface import Batch
 
 COUNTING_TASK = "gym/tests.envs_helpers:Counting-v0"
-MOODY_TASK = "gym/tests.loop_helpers:Moody-v0"
+MOODY_TASK = "gym/tests.envs_helpers:Moody-v0"
 STATE = EnvConfig(obs="state")
 
 
