@@ -13,21 +13,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from torch.autograd.profiler_util import FunctionEvent
 
 from agents.dreamer import DreamerAgent, DreamerConfig
-from benchmarks import curves, speed
+from benchmarks import cuda, curves, speed
 from benchmarks.decision import PARTS as DECISION_PARTS
 from benchmarks.decision import PartClock, published_peer
 from benchmarks.peers import PeerUnavailable
 from benchmarks.plot import mean_curve, read_references
+from benchmarks.reference_size import reference
+from benchmarks.run import parse as grid_of
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.update_cost import count_flop
 from benchmarks.update_parts import PARTS, charge, time_parts
@@ -541,3 +544,43 @@ def test_an_unknown_flag_ends_with_what_is_close(capsys: pytest.CaptureFixture[s
         speed.main(["--loop.bacth", "4"])
     assert exit_.value.code == 2
     assert "--loop.batch" in capsys.readouterr().err
+
+
+# -- a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_for_a_gpu_are_understood(tmp_path: Path) -> None:
+    """They are run when there is one; until then their flags must not rot."""
+    stages = {stage: cuda.commands(cuda.CudaConfig(tmp_path), stage) for stage in get_args(cuda.Stage)}
+    assert stages["same"] == [["benchmarks.same_updates", "--device", "cuda"]]
+    ways = []
+    for _, *args in [*stages["update"], *stages["loop"]]:
+        options, others = tyro.cli(speed.SpeedConfig, args=args, return_unknown_args=True)
+        run = parse_args(others)
+        assert (run.task, run.preset, run.loop.train_ratio) == ("dmc/walker-walk", "cuda", 512)
+        ways.append((options.suite, options.size, run.compile))
+    sizes = [("update", "reference", way) for way in ("false", "graph", "true")]
+    assert ways == [*sizes, ("loop", "preset", "auto")]
+    ((_, *args),) = stages["walker"]
+    assert parse_args(args).env_steps == 100_000
+    ((_, *args),) = stages["dmc6"]
+    asked, grid = grid_of(args)
+    assert (asked.jobs, len(grid.cells()), grid.env_steps) == (6, 6, 100_000)
+
+
+def test_without_a_gpu_its_benchmark_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cuda", "--out", "nowhere"])
+    assert cuda.main() == 1
+    assert "--device cuda was asked for, but" in capsys.readouterr().err
+    assert not Path("nowhere").exists()
+
+
+def test_the_reference_size_is_the_same_learner_but_for_its_size() -> None:
+    run = reference(parse_args(["--preset", "cpu", "--seed", "4", "--loop.train-ratio", "3"]))
+    assert (run.loop.batch, run.loop.length, run.dreamer.starts, run.dreamer.horizon) == (16, 64, 1024, 15)
+    assert (run.seed, run.loop.train_ratio, run.task) == (4, 3, "dmc/cartpole-swingup")
+    frames, actions = gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Box(-1, 1, (6,), np.float32)
+    agent = build_agent(run, frames, actions, torch.device("cpu"))
+    assert isinstance(agent, DreamerAgent)
+    assert 11.5e6 < sum(x.numel() for group in agent.groups.values() for x in group) < 12.5e6
