@@ -179,7 +179,8 @@ def test_train_ratio_is_updates_over_agent_steps(ratio: float, per_step: float, 
 
 def test_several_environments_share_the_train_ratio(tmp_path: Path) -> None:
     """Two environments: two agent steps a row, two updates a row."""
-    train(config(tmp_path, COUNTING, num_envs=2, env_steps=240, loop__prefill=80, loop__train_ratio=32), quiet=True)
+    two = {"num-envs": 2, "env-steps": 240, "loop.prefill": 80, "loop.train-ratio": 32, "loop.eval-episodes": 1}
+    train(config(tmp_path, COUNTING | two), quiet=True)
     metrics = rows(tmp_path / "metrics.jsonl")
     first, last = metrics[0], metrics[-1]
     assert last["agent_steps"] - first["agent_steps"] >= 100
@@ -434,10 +435,9 @@ def test_reinforce_and_transformer_run(tmp_path: Path) -> None:
 
 
 def test_state_of_a_real_task_and_two_environments_run(tmp_path: Path) -> None:
-    changes = config(
-        tmp_path, TINY, task="mujoco/HalfCheetah-v5", env__obs="state", num_envs=2, env_steps=160, loop__prefill=80
-    )
-    result = train(changes, quiet=True)
+    changes = {"task": "mujoco/HalfCheetah-v5", "env.obs": "state", "num-envs": 2, "env-steps": 160}
+    changes |= {"loop.prefill": 80, "loop.eval-episodes": 1}
+    result = train(config(tmp_path, TINY | changes), quiet=True)
     assert result is not None
     assert result.frames is None
     assert not (tmp_path / "videos").exists()
