@@ -446,7 +446,7 @@ def random_rows(batch: int, rows: int) -> Batch:
 
 
 SMALL = ["--preset", "cpu", "--device", "cpu", "--threads", "1", "--env.size", "16", "--loop.batch", "4"]
-SMALL += ["--loop.length", "8", "--loop.prefill", "512", "--dreamer.starts", "8"]
+SMALL += ["--loop.length", "8", "--loop.prefill", "512", "--dreamer.starts", "8", "--num-envs", "1"]
 QUICK = ["--repeats", "1", "--seconds", "0.01", "--replay-rows", "64", "--processes", "2"]
 
 
