@@ -245,10 +245,12 @@ class Meter:
         self._steps += 1
 
     def add(self, metrics: dict[str, Tensor]) -> None:
+        self._updates += 1
+        if not metrics:  # of an agent that does not learn
+            return
         values = torch.stack(list(metrics.values()))
         total, count = self._sums.get(tuple(metrics), (0.0, 0))
         self._sums[tuple(metrics)] = (total + values, count + 1)
-        self._updates += 1
 
     def means(self) -> dict[str, float]:
         """The means, each under ``train/``; the next row starts from nothing."""
