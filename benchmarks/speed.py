@@ -30,6 +30,7 @@ from agents.dreamer import DreamerAgent, computes_bf16
 from agents.mpc import MPCAgent
 from agents.random import RandomAgent
 from benchmarks.decision import published_peer, time_decision, time_published_decision
+from benchmarks.peer_updates import compare_peers, contests
 from benchmarks.peers import PeerUnavailable
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
@@ -48,12 +49,16 @@ class SpeedConfig:
     """Time environments, replay, updates and acting. Every flag of runners.train works too: --task, --preset, --device,
     --threads, --model.latent-dim and so on; what is timed is what a training with those flags would run."""
 
-    suite: Literal["all", "env", "replay", "update", "act", "plan", "published"] = "all"
+    suite: Literal["all", "env", "replay", "update", "act", "plan", "published", "peers"] = "all"
     """What to measure. plan is one decision of the planning agent. published is one of LeWorldModel as published, which
-    takes a processor a minute or more; all leaves it out."""
+    takes a processor a minute or more. peers is ours beside sheeprl and stable-worldmodel at sizes of its own, which
+    takes a processor a quarter of an hour. all leaves both out."""
     peers: bool = False
     """Time stable-worldmodel's LeWM and CEM in turn with --suite published, and print its time over ours. Needs the
     extra `.[peers]`."""
+    peer_python: Path = Path(sys.executable)
+    """Python of the environment with the extra `.[peers]`, for --suite peers. Its pins are not ours: install them into
+    one of its own, without constraints.txt."""
     json: Path | None = None
     """Write the figures here too, with the command, the date, the machine and the whole configuration."""
     processes: int = 0
@@ -185,12 +190,18 @@ def measure_published(run: Config, options: SpeedConfig, watch: Stopwatch) -> Re
     return time_published_decision(watch, bf16=computes_bf16(watch.device), peer=peer)
 
 
+def measure_peers(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
+    """Ours beside what other packages do."""
+    return compare_peers(contests(), options.peer_python, watch)
+
+
 SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "env": measure_env,
     "update": measure_update,
     "act": measure_act,
     "plan": measure_plan,
     "published": measure_published,
+    "peers": measure_peers,
     "replay": measure_replay,
 }
 """In the order of measuring: the copy of the replay comes last, or it would count among the updates' memory."""
@@ -202,7 +213,7 @@ def measure(run: Config, options: SpeedConfig, watch: Stopwatch, said: Callable[
     Raises one of ``runners.train.USER_ERRORS``.
     """
     results: Results = {}
-    everything = [name for name in SUITES if name != "published"]
+    everything = [name for name in SUITES if name not in ("published", "peers")]
     for name in everything if options.suite == "all" else [options.suite]:
         said(f"measuring {name} …")
         results |= SUITES[name](run, options, watch)
