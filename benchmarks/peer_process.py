@@ -1,6 +1,9 @@
 """A peer in a process of its own, by an interpreter of its own where its pins are not ours. It works when it is asked,
 so that it can be timed in turn with ours.
 
+It imports nothing that draws: the Triton that comes with PyTorch's CUDA build crashes in a process into which Mesa has
+loaded its own LLVM.
+
 The process writes a line of JSON that says what it is, or why it cannot be used. Then it reads lines, each a number of
 calls, and answers each with what they took.
 """
@@ -25,10 +28,11 @@ from benchmarks.decision import published_peer
 from benchmarks.peers import Peer, PeerUnavailable, stable_worldmodel_update
 from benchmarks.peers_sheeprl import Size, sheeprl_update
 from benchmarks.stopwatch import Cost, cost_of
-from runners.session import configure_torch
 from worldmodels.lewm import PAPER
 
 _ROOT = Path(__file__).parents[1]
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""What ``runners.session.configure_torch`` tells glibc in our process."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,13 @@ class PeerProcess:
             self._said = opened.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
             try:
                 process = subprocess.Popen(
-                    command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+                    command,
+                    cwd=_ROOT,
+                    env=os.environ | _MALLOC,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._said,
+                    text=True,
                 )
             except OSError as error:
                 raise PeerUnavailable(f"{python} cannot be started: {error.strerror}; name a Python") from error
@@ -127,7 +137,7 @@ def main(args: Sequence[str]) -> int:
     # What a peer prints is no answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    configure_torch(task.threads)
+    torch.set_num_threads(task.threads)
     torch.manual_seed(0)
     try:
         peer = build_peer(task)

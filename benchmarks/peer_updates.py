@@ -93,8 +93,8 @@ def _start(
 
 def _compare(name: str, contest: Contest, peers: Mapping[str, PeerProcess], watch: Stopwatch) -> Results:
     ours = contest.ours(watch.device, computes_bf16(watch.device))
-    parties: dict[str, Party] = {"": lambda calls: cost_of(ours.work, calls, watch.device)}
-    costs = in_turn(parties | peers, min(watch.repeats, ROUNDS), watch.seconds)
+    parties: dict[str, Party] = {"": lambda calls: cost_of(ours.work, calls, watch.device), **peers}
+    costs = in_turn(parties, min(watch.repeats, ROUNDS), watch.seconds)
     results = _times(name, costs[""], f"{ours.parameters / 1e6:.1f}M parameters; {ours.note}")
     for label, peer in peers.items():
         if label in costs:
@@ -238,7 +238,6 @@ def contests() -> dict[str, Contest]:
     )
     sheeprl = {
         "sheeprl_xs": of_run,
-        "sheeprl_s": replace(of_run, work="dreamer_v3_S"),
         "sheeprl_nature_12m": replace(of_run, work="dreamer_v3_5_12M"),
     }
     return {
