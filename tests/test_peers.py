@@ -42,7 +42,7 @@ class {name}(nn.Module):
     def __init__(self, *args, **sizes):
         super().__init__()
         print("a line that is no answer")
-        assert not {{"mujoco", "OpenGL"}} & sys.modules.keys(), "beside these, real peers crash"
+        assert set(sys.modules).isdisjoint(["mujoco", "OpenGL"]), "beside these, real peers crash"
         self.weight = nn.Parameter(torch.ones(()))
         self.calls = 0
 """
