@@ -22,7 +22,7 @@ train: install rendering ## train an agent, with live progress; again to go on: 
 	$(python) -m runners.train --task $(TASK) --agent $(AGENT) $(if $(SEED),--seed $(SEED)) --run-dir $(RUN_DIR) $(ARGS)
 
 test: install rendering ## run every test: ARGS
-	$(python) -m pytest -n 2 $(ARGS)
+	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install ## check style and types
 	$(python) -m ruff check

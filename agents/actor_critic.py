@@ -142,15 +142,17 @@ class Critic(nn.Module):
             return values.mean(0)
         return values.mean(0) - self.config.pessimism * 0.5 * (values.amax(0) - values.amin(0))
 
-    def follow(self) -> None:
-        """Move the slow copy towards the critic."""
-        follow(self.slow, self.members, self.config.slow_rate)
+    def follow(self, part: Float[Tensor, ""]) -> None:
+        """Move the slow copy towards the critic, by ``part`` of its rate."""
+        follow(self.slow, self.members, self.config.slow_rate * part)
 
 
 @torch.no_grad()
-def follow(slow: nn.Module, module: nn.Module, rate: float) -> None:
+def follow(slow: nn.Module, module: nn.Module, rate: Float[Tensor, ""]) -> None:
     """Move ``slow``'s parameters the fraction ``rate`` of the way towards ``module``'s."""
-    torch._foreach_lerp_(list(slow.parameters()), list(module.parameters()), rate)
+    own: list[Tensor] = list(slow.parameters())
+    leading: list[Tensor] = list(module.parameters())
+    torch._foreach_lerp_(own, leading, [rate] * len(own))
 
 
 class ReturnScale(nn.Module):
@@ -158,17 +160,19 @@ class ReturnScale(nn.Module):
 
     low: Tensor
     high: Tensor
+    percentiles: Tensor
 
     def __init__(self, rate: float = 0.01) -> None:
         super().__init__()
         self.rate = rate
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, returns: Float[Tensor, "*N"]) -> Float[Tensor, ""]:
         """Take in a batch of returns, of all ranks together; answer the scale."""
-        low, high = torch.quantile(ranks.all_rows(returns.flatten()), returns.new_tensor([0.05, 0.95]))
+        low, high = torch.quantile(ranks.all_rows(returns.flatten()), self.percentiles)
         # A batch that is refused for a NaN must leave no trace.
         self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
         self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from agents.actor_critic import (
@@ -23,7 +24,7 @@ from agents.actor_critic import (
     follow,
 )
 from agents.beside import one_after_the_other, side_by_side
-from agents.interface import NonFiniteLoss
+from agents.captured import Captured, Watch, send
 from agents.returns import lambda_return
 from worldmodels import ranks
 from worldmodels.interface import Batch, State, WorldModel
@@ -70,6 +71,14 @@ class DreamerConfig:
     where the hardware computes in it: a processor that has to emulate it takes half as long again as in float32."""
 
 
+Compilation = Literal["auto", "true", "graph", "false"]
+"""How an update is run. false: operator by operator. graph: on a GPU, replayed as one CUDA graph of the same kernels.
+true: fused by torch.compile, and on a GPU replayed as a graph. auto: graph, which on a processor is false."""
+
+COMPILER = "inductor"
+"""torch.compile's backend."""
+
+
 class DreamerCarry(NamedTuple):
     """A model state, the action that left it, and this episode's probability of a random one."""
 
@@ -89,7 +98,14 @@ class Behaviour(NamedTuple):
 class DreamerAgent:
     """Implements :class:`agents.interface.Agent`."""
 
-    def __init__(self, model: WorldModel, action_dim: int, estimator: Estimator, config: DreamerConfig) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        action_dim: int,
+        estimator: Estimator,
+        config: DreamerConfig,
+        compilation: Compilation = "auto",
+    ) -> None:
         _refuse_batch_statistics(model)
         self.model = model
         self.config = config
@@ -111,9 +127,36 @@ class DreamerAgent:
         }
         self.rates = {"model": config.model_lr, "policy": config.behaviour_lr, "critic": config.behaviour_lr}
         self.optimisers = {
-            name: torch.optim.Adam(params, lr=self.rates[name], fused=True) for name, params in self.groups.items()
+            name: torch.optim.Adam(params, **self._adam_settings(self.rates[name]))
+            for name, params in self.groups.items()
         }
         self.updates = 0
+        self._names: dict[bool, tuple[str, ...]] = {}
+        self._watch = Watch(self.device)
+        self._accelerate(compilation)
+
+    def _accelerate(self, compilation: Compilation) -> None:
+        """See :data:`Compilation`."""
+        on_gpu = self.device.type == "cuda"
+        if compilation == "true":
+            self.beside = one_after_the_other  # two threads would compile at the same time
+            # PyTorch's own random numbers, so that compiled and uncompiled updates are the same update.
+            from torch._inductor import config  # which takes seconds to import
+
+            config.fallback_random = True
+            compiled = partial(torch.compile, dynamic=False, backend=COMPILER)
+            self._model_losses = compiled(self._model_losses)  # type: ignore[method-assign]
+            self._behaviour_losses = compiled(self._behaviour_losses)  # type: ignore[method-assign]
+        # Ranks meet in the middle of an update, on the host.
+        recorded = on_gpu and compilation != "false" and ranks.size() == 1
+        self._learn_on_device = Captured(self._learn, enabled=recorded)
+        self._act_on_device = Captured(self._act, enabled=recorded)
+
+    def _adam_settings(self, rate: float) -> dict[str, Any]:
+        """A GPU's graph reads the learning rate where it lies, so there it is a tensor."""
+        if self.device.type != "cuda":
+            return {"lr": rate, "fused": True}
+        return {"lr": torch.tensor(rate, device=self.device), "fused": True, "capturable": True}
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
@@ -121,23 +164,29 @@ class DreamerAgent:
         action = torch.zeros(envs, self.action_dim, device=self.device)
         return DreamerCarry(self.model.initial(envs), action, action.new_zeros(envs))
 
-    @torch.no_grad()
     def act(
         self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: DreamerCarry, *, explore: bool
     ) -> tuple[Float[np.ndarray, "E A"], DreamerCarry]:
-        pixels = torch.as_tensor(obs, device=self.device)
-        first = torch.as_tensor(is_first, device=self.device)
+        arrived = send(obs, self.device), send(is_first, self.device)
+        carry = self._act_on_device(*arrived, carry, explore)
+        return carry.action.cpu().numpy(), carry
+
+    @torch.no_grad()
+    def _act(
+        self, obs: Shaped[Tensor, "E *obs"], is_first: Bool[Tensor, " E"], carry: DreamerCarry, explore: bool
+    ) -> DreamerCarry:
+        """``act`` on the device alone."""
         self.model.eval()
         with self._autocast():
-            state = self.model.observe(carry.state, carry.action, pixels, first)
+            state = self.model.observe(carry.state, carry.action, obs, is_first)
             feat = self.model.feat(state)
             action = self.policy.sample(feat).action if explore else self.average_policy.mode(feat)
         random = carry.random
         if explore:
-            random = torch.where(first, self.config.random_actions * torch.rand_like(random), random)
+            random = torch.where(is_first, self.config.random_actions * torch.rand_like(random), random)
             chosen = torch.rand_like(random) < random
             action = torch.where(chosen[:, None], 2 * torch.rand_like(action) - 1, action)
-        return action.cpu().numpy(), DreamerCarry(state, action, random)
+        return DreamerCarry(state, action, random)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -150,59 +199,86 @@ class DreamerAgent:
     def anneal(self, progress: float) -> None:
         factor = 1 - (1 - self.config.final_lr) * min(max(progress, 0.0), 1.0)
         for name, optimiser in self.optimisers.items():
-            for group in optimiser.param_groups:
-                group["lr"] = self.rates[name] * factor
+            self._set_rate(optimiser, self.rates[name] * factor)
+
+    @staticmethod
+    def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        learning = ["model"]
+        behaviour = self.updates % self.config.behaviour_every == 0
+        values = self._learn_on_device(batch, behaviour)
+        names = self._names[behaviour]
+        self._watch.look(names, values)
+        self.updates += 1
+        return dict(zip(names, values.unbind(), strict=True))
+
+    def _learn(self, batch: Batch, behaviour: bool) -> Float[Tensor, " M"]:
+        """One update on the device alone, of policy and critic too where ``behaviour``: nothing in it makes the host
+        wait, and where a figure is not finite, no weight changes. Answers the metrics; their names are in ``_names``.
+        """
+        learning = ["model", "policy", "critic"] if behaviour else ["model"]
         self.model.train()
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             embedded = self.model.embed(batch, cut=True)
-        if self.updates % self.config.behaviour_every == 0:
-            learning += ["policy", "critic"]
+        if behaviour:
             # Both start from the embedded batch, and neither changes what the other reads.
-            metrics, behaviour = self.beside(
+            metrics, taught = self.beside(
                 lambda: self._learn_model(batch, embedded),
                 lambda: self._learn_behaviour(embedded[0], batch.is_terminal.flatten()),
             )
-            self._add_gradients(behaviour.gradients)
-            metrics |= behaviour.metrics
+            self._add_gradients(taught.gradients)
+            metrics |= taught.metrics
         else:
             metrics = self._learn_model(batch, embedded)
         self.model.backward_encoder(embedded)
         metrics = self._add_up(metrics, learning)
         for name in learning:
             metrics[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(self.groups[name], self.config.clip)
-        _refuse_non_finite(metrics)
+        values = torch.stack(list(metrics.values()))
+        self._names[behaviour] = tuple(metrics)
+        self._step(learning, values.sum().isfinite())  # a NaN anywhere makes the sum NaN
+        return values
+
+    def _step(self, learning: list[str], finite: Bool[Tensor, ""]) -> None:
+        """What the gradients are for, unless something is not finite: the device itself leaves the weights alone then,
+        as under a gradient scaler."""
         for name in learning:
+            self.optimisers[name].found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
             self.optimisers[name].step()
         if "policy" in learning:
-            self.critic.follow()
-            follow(self.average_policy, self.policy, 1 - self.config.policy_average)
-        self.updates += 1
-        return metrics
+            self.critic.follow(finite.float())
+            follow(self.average_policy, self.policy, (1 - self.config.policy_average) * finite.float())
 
     def _learn_model(self, batch: Batch, embedded: tuple[State, Any]) -> dict[str, Tensor]:
         """Gradients of the world model, and of the critic from replayed rows, into the parameters' ``grad``."""
+        loss, metrics = self._model_losses(batch, embedded)
+        loss.backward()
+        return metrics
+
+    def _model_losses(self, batch: Batch, embedded: tuple[State, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What learning from the replayed rows themselves minimises, and metrics."""
         states = embedded[0]
         with self._autocast():
             model_loss, metrics = self.model.losses(batch, embedded)
             value_loss = self._replay_value_loss(batch, self.model.feat(states), self.model.settled(states))
-        (model_loss + self.config.replay_value_weight * value_loss).backward()
-        return metrics | {"model_loss": model_loss.detach(), "replay_value_loss": value_loss.detach()}
+        means = {"model_loss": model_loss.detach(), "replay_value_loss": value_loss.detach()}
+        return model_loss + self.config.replay_value_weight * value_loss, metrics | means
 
     def _learn_behaviour(self, states: State, ended: Bool[Tensor, " R"]) -> Behaviour:
         """Gradients of policy and critic from imagination. Touches no parameter's ``grad``."""
         self.model.eval()  # imagining sees the normalisation that acting sees
-        with self._autocast():
-            policy_loss, critic_loss, metrics = self._behaviour_losses(self._choose_starts(states, ended))
-        gradients = {
-            name: torch.autograd.grad(loss, self.groups[name], allow_unused=True)
-            for name, loss in (("policy", policy_loss), ("critic", critic_loss))
-        }
-        return Behaviour(gradients, metrics)
+        policy_loss, critic_loss, metrics = self._behaviour_losses(self._choose_starts(states, ended))
+        # Neither loss depends on the other's parameters, so that their sum has the gradients of both.
+        policy, critic = self.groups["policy"], self.groups["critic"]
+        gradients = torch.autograd.grad(policy_loss + critic_loss, [*policy, *critic], allow_unused=True)
+        return Behaviour({"policy": gradients[: len(policy)], "critic": gradients[len(policy) :]}, metrics)
 
     def _add_gradients(self, gradients: Mapping[str, tuple[Tensor | None, ...]]) -> None:
         """The critic's meet those from the replayed rows."""
@@ -240,13 +316,19 @@ class DreamerAgent:
         """Random settled states that did not end an episode by themselves, detached."""
         wanted, starts = (self.model.settled(states) & ~ended).float(), ranks.part(self.config.starts)
         # All rows stay possible with a vanishing weight, so that the draw works when no row is wanted.
-        index = torch.multinomial(wanted + 1e-6, starts, replacement=len(wanted) < starts)
+        index = draw(wanted + 1e-6, starts)
         return type(states)(*(x.detach()[index] for x in states))
 
     def _behaviour_losses(self, state: State) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Imagine with the current policy; the policy's and the critic's loss."""
+        with self._autocast():
+            return self._imagined_losses(*self._imagine(state))
+
+    def _imagined_losses(
+        self, feats: Float[Tensor, "H1 N F"], log_probs: Float[Tensor, "N H"], entropies: Float[Tensor, "N H"]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Of what was imagined: the policy's loss, the critic's, and metrics."""
         cfg = self.config
-        feats, log_probs, entropies = self._imagine(state)
         shape = feats.shape[:2]
         value = self.critic.value(feats.flatten(0, 1)).view(shape).t()
         reward, cont = (x.view(-1, shape[1]).t() for x in self.model.outcome(feats[1:].flatten(0, 1)))
@@ -290,6 +372,7 @@ class DreamerAgent:
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        self._watch.settle()
         return {
             "model": self.model.state_dict(),
             "policy": self.policy.state_dict(),
@@ -308,7 +391,10 @@ class DreamerAgent:
         self.scale.load_state_dict(state["scale"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(copy.deepcopy(state["optimisers"][name]))
+            for group in optimiser.param_groups:
+                group |= self._adam_settings(float(group["lr"]))
         self.updates = state["updates"]
+        self._learn_on_device.forget()
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -331,11 +417,11 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
         )
 
 
-def _refuse_non_finite(metrics: dict[str, Tensor]) -> None:
-    """One look at everything at once: a NaN anywhere makes the sum NaN."""
-    if not torch.isfinite(torch.stack(list(metrics.values())).sum()):
-        bad = [name for name, value in metrics.items() if not torch.isfinite(value)]
-        raise NonFiniteLoss(
-            f"{', '.join(bad)} became NaN or inf; training stopped before the weights were changed, and the last "
-            "checkpoint is good. Lower the learning rates or look at the rewards' size."
-        )
+def draw(weight: Float[Tensor, " R"], count: int) -> Int[Tensor, " count"]:
+    """``count`` random rows in proportion to their weights, without replacement if there are as many: what
+    torch.multinomial does, which makes the host wait for a GPU."""
+    if count <= len(weight):
+        return (weight / torch.empty_like(weight).exponential_()).topk(count).indices
+    reached = weight.cumsum(0)
+    at = torch.rand(count, device=weight.device) * reached[-1]
+    return torch.searchsorted(reached, at).clamp(max=len(weight) - 1)

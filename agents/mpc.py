@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from agents.actor_critic import Estimator
-from agents.dreamer import DreamerAgent, DreamerConfig
+from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
 from agents.planner import (
     CEM,
     ICEM,
@@ -117,8 +117,9 @@ class MPCAgent(DreamerAgent):
         config: DreamerConfig,
         mpc: MPCConfig,
         planner: Planner,
+        compilation: Compilation = "auto",
     ) -> None:
-        super().__init__(model, action_dim, estimator, config)
+        super().__init__(model, action_dim, estimator, config, compilation)
         self.mpc = mpc
         self.planner = planner
 

@@ -14,19 +14,16 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from agents.actor_critic import CriticConfig, PolicyConfig
 from agents.dreamer import DreamerAgent, computes_bf16
 from benchmarks.decision import PUBLISHED_ACTIONS, PUBLISHED_BLOCK, published_decision
 from benchmarks.peer_process import PeerProcess, PeerTask
 from benchmarks.peers import PeerUnavailable
 from benchmarks.stopwatch import Cost, Measurement, Results, Stopwatch, cost_of
-from runners.config import Config, ConfigError, build_agent, presets
+from runners.config import Config, ConfigError, build_agent
 from runners.pretrain import gradient_step
 from runners.pretrain_config import presets as pretrain_presets
-from worldmodels.encoder import KeypointConfig
 from worldmodels.interface import Batch
 from worldmodels.lewm import build_world_model
-from worldmodels.predictor import WindowConfig
 
 ROUNDS = 3
 """At most: a call may take a minute."""
@@ -152,27 +149,6 @@ def _median(values: list[float], unit: str, note: str = "") -> Measurement:
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-def reference() -> Config:
-    """About 12M parameters learning from 16 × 64 frames of 64×64 pixels, with 15 steps imagined from 1,024 of them:
-    the CUDA preset with wider layers. Eight steps of rollout loss, as there."""
-    cuda = presets()["cuda"]
-    units = 768
-    return replace(
-        cuda,
-        task="dmc/walker-walk",
-        model=replace(
-            cuda.model,
-            latent_dim=256,
-            keypoint=KeypointConfig(stem=32, keypoints=64, hidden=units),
-            window=WindowConfig(hidden=(1536, 1280)),
-            head_units=units,
-        ),
-        dreamer=replace(
-            cuda.dreamer, horizon=15, starts=1024, policy=PolicyConfig(units=units), critic=CriticConfig(units=units)
-        ),
-    )
-
-
 def our_update(run: Config, device: torch.device, bf16: bool) -> Ours:
     """An update of the imagination agent on random rows of walker-walk's sizes."""
     torch.manual_seed(run.seed)
@@ -223,9 +199,9 @@ def random_batch(batch: int, length: int, size: int, actions: int, device: torch
     )
 
 
-def contests() -> dict[str, Contest]:
-    """An update at the reference size, LeWorldModel's training step at its published sizes, and its decision."""
-    run, paper = reference(), pretrain_presets()["paper"]
+def contests(run: Config) -> dict[str, Contest]:
+    """An update of this size, LeWorldModel's training step at its published sizes, and its decision."""
+    paper = pretrain_presets()["paper"]
     of_run = PeerTask(
         "dreamer_v3_XS",
         batch=run.loop.batch,

@@ -28,7 +28,8 @@ from benchmarks.provenance import command_line, core_count
 from benchmarks.suites import SUITES, SuiteName
 from benchmarks.training import POLL_S, Job
 from envs import UnknownTask
-from runners.config import ConfigError, check, parse_args, refuse_below
+from runners.checks import check, refuse_below
+from runners.config import ConfigError, parse_args
 from runners.disk import DiskFull, clear_disk_full
 from runners.train import StopOnSignal
 

@@ -30,13 +30,17 @@ from agents.dreamer import DreamerAgent, computes_bf16
 from agents.mpc import MPCAgent
 from agents.random import RandomAgent
 from benchmarks.decision import published_peer, time_decision, time_published_decision
+from benchmarks.loop import time_loop
 from benchmarks.peer_updates import compare_peers, contests
 from benchmarks.peers import PeerUnavailable
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
+from benchmarks.reference_size import reference
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
+from benchmarks.update_cost import measure_cost
 from benchmarks.update_parts import PARTS, time_parts
 from envs import EnvConfig, action_repeat_of, make_vector_env
-from runners.config import Config, ConfigError, build_agent, check, parse_args, refuse_below, resolve_device
+from runners.checks import check, refuse_below
+from runners.config import Config, ConfigError, build_agent, parse_args, resolve_device
 from runners.replay import Replay
 from runners.rollout import Collector
 from runners.session import configure_torch
@@ -49,10 +53,14 @@ class SpeedConfig:
     """Time environments, replay, updates and acting. Every flag of runners.train works too: --task, --preset, --device,
     --threads, --model.latent-dim and so on; what is timed is what a training with those flags would run."""
 
-    suite: Literal["all", "env", "replay", "update", "act", "plan", "published", "peers"] = "all"
-    """What to measure. plan is one decision of the planning agent. published is one of LeWorldModel as published, which
-    takes a processor a minute or more. peers is ours beside sheeprl and stable-worldmodel at sizes of its own, which
-    takes a processor a quarter of an hour. all leaves both out."""
+    suite: Literal["all", "env", "replay", "update", "act", "plan", "loop", "published", "peers"] = "all"
+    """What to measure. plan is one decision of the planning agent, loop is collecting and learning together. published
+    is one decision of LeWorldModel as published, which takes a processor a minute or more. peers is an update at the
+    reference size, and LeWorldModel's published training step and decision, in turn with sheeprl's and
+    stable-worldmodel's, which takes a processor a quarter of an hour. all leaves both out."""
+    size: Literal["preset", "reference"] = "preset"
+    """Sizes of the networks and of a batch: what the flags say, or those that updates are compared at, about 12M
+    parameters, 16×64 rows, 1,024 starts × 15."""
     peers: bool = False
     """Time stable-worldmodel's LeWM and CEM in turn with --suite published, and print its time over ours. Needs the
     extra `.[peers]`."""
@@ -148,7 +156,7 @@ def measure_update(run: Config, options: SpeedConfig, watch: Stopwatch) -> Resul
         memory["memory/cuda_peak"] = Measurement(peak / 2**20, "MiB", note="allocated at once by the updates")
     parts = time_parts(agent, batch, total_ms, options.repeats)
     note = f"{total_ms:.1f} ms; batch {run.loop.batch}×{run.loop.length}, {run.gradient}, behaviour in 1 of {cycle}"
-    results = {"update/total": replace(total, note=note)}
+    results = {"update/total": replace(total, note=note)} | measure_cost(agent, batch, total_ms, watch)
     for part, ms in parts.items():
         results[f"update/{part}"] = Measurement(ms, "ms", note=f"{ms / total_ms:.0%} · {PARTS[part]}")
     return results | memory
@@ -190,9 +198,14 @@ def measure_published(run: Config, options: SpeedConfig, watch: Stopwatch) -> Re
     return time_published_decision(watch, bf16=computes_bf16(watch.device), peer=peer)
 
 
+def measure_loop(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
+    """Env_steps and updates a second of the whole loop, and how busy it keeps a GPU."""
+    return time_loop(run, watch)
+
+
 def measure_peers(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
     """Ours beside what other packages do."""
-    return compare_peers(contests(), options.peer_python, watch)
+    return compare_peers(contests(run), options.peer_python, watch)
 
 
 SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
@@ -200,6 +213,7 @@ SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "update": measure_update,
     "act": measure_act,
     "plan": measure_plan,
+    "loop": measure_loop,
     "published": measure_published,
     "peers": measure_peers,
     "replay": measure_replay,
@@ -327,6 +341,8 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         run = parse_args(others)
+        if options.size == "reference" or options.suite == "peers":
+            run = reference(run)
         check(run)
         _check_options(options)
         device = resolve_device(run.device)

@@ -26,7 +26,8 @@ from envs import EnvConfig, NoPhysics, make_env, resolve_task
 from envs.physics import physical_names
 from envs.vector import VectorEnv
 from runners.behaviour import MixtureAgent
-from runners.config import Config, ConfigError, build_agent, read_config, refuse_below, resolve_device
+from runners.checks import refuse_below
+from runners.config import Config, ConfigError, build_agent, read_config, resolve_device
 from runners.dataset_folder import About, DatasetError, Episode, write_dataset
 from runners.importers import from_hdf5, from_minari
 from runners.progress import Display

@@ -31,7 +31,8 @@ from rich.progress import Progress
 
 from agents.random import RandomAgent
 from envs import make_env
-from runners.config import WORLD_MODEL_AGENTS, ConfigError, read_config, refuse_below, resolve_device
+from runners.checks import refuse_below
+from runners.config import WORLD_MODEL_AGENTS, ConfigError, read_config, resolve_device
 from runners.disk import clear_disk_full, replace_file
 from runners.findings import find_effects, find_geometry, find_open_loop, find_probes, find_surprise
 from runners.questions import QUESTIONS, PartName

@@ -20,15 +20,8 @@ import tyro
 
 from agents.mpc import MPCConfig
 from envs.vector import VectorEnv
-from runners.config import (
-    WORLD_MODEL_AGENTS,
-    ConfigError,
-    build_agent,
-    check,
-    read_config,
-    refuse_below,
-    resolve_device,
-)
+from runners.checks import check, refuse_below
+from runners.config import WORLD_MODEL_AGENTS, ConfigError, build_agent, read_config, resolve_device
 from runners.logger import write_video
 from runners.rollout import Evaluation, evaluate
 from runners.run import find_checkpoint, load_agent

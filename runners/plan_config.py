@@ -13,7 +13,8 @@ from agents.amortised import AmortisedConfig
 from agents.goals import GoalSearchConfig
 from agents.mpc import MPCConfig, build_planner
 from agents.planner import CEMConfig, GradientConfig, ICEMConfig, MPPIConfig, Planner
-from runners.config import ConfigError, refuse_below
+from runners.checks import refuse_below
+from runners.config import ConfigError
 from runners.goals import Tolerance
 
 PlannerName = Literal["cem", "icem", "mppi", "gradient", "amortised"]

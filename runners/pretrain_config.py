@@ -13,7 +13,8 @@ import tyro
 
 from agents.dreamer import DreamerConfig
 from envs import EnvConfig
-from runners.config import Config, ConfigError, LoopConfig, refuse_below
+from runners.checks import refuse_below
+from runners.config import Config, ConfigError, LoopConfig
 from runners.dataset import Dataset
 from runners.transfer import UNKNOWN_TASK
 from worldmodels.lewm import PAPER, LeWMConfig

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from agents.captured import send
 from runners.replay_folder import Index, ReplayError, ReplayFolder
 from worldmodels.interface import Batch
 
@@ -41,6 +42,7 @@ class Replay:
         # Rows from here on were never written. Whoever wrote last may have been killed in the middle of its interval.
         self._high = self._index.written + (self._index.flush_every if writable else 0)
         self._mirror: dict[str, Tensor] | None = None
+        self._travels: torch.cuda.Stream | None = None
         self._unfinished = self._read_unfinished()
 
     # -- making and opening --------------------------------------------------------------------------------------------
@@ -115,6 +117,7 @@ class Replay:
                 host. None: on a GPU, if the copy fits into half of its free memory.
         """
         self.device = torch.device(device)
+        self._travels = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if mirror is None:
             mirror = self.device.type == "cuda" and self.nbytes <= torch.cuda.mem_get_info(self.device)[0] // 2
         self._mirror = None  # frees an old copy before the new one is made
@@ -193,16 +196,27 @@ class Replay:
 
     def _gather(self, places: Int64[np.ndarray, "B T"]) -> Batch:
         if self._mirror is not None:
-            index = torch.from_numpy(places.reshape(-1)).to(self.device)
+            index = send(places.reshape(-1), self.device)
             return Batch(*(x.index_select(0, index).view(*places.shape, *x.shape[1:]) for x in self._mirror.values()))
         fields, on_gpu = [], self.device.type == "cuda"
         for array in self._folder.rows.values():
-            # Pinned blocks may be dropped while they are being copied: PyTorch hands them out again only afterwards.
             out = torch.empty((*places.shape, *array.shape[1:]), dtype=_torch_type(array), pin_memory=on_gpu)
             # Every place is valid; mode "raise" would go through a second buffer.
             np.take(array, places, axis=0, out=out.numpy(), mode="clip")
-            fields.append(out.to(self.device, non_blocking=True))
-        return Batch(*fields)
+            fields.append(out)
+        return self._prefetch(Batch(*fields))
+
+    def _prefetch(self, batch: Batch) -> Batch:
+        """On a GPU the batch travels beside the updates that are still queued; only the next one waits for it."""
+        if self._travels is None:
+            return batch
+        with torch.cuda.stream(self._travels):
+            arrived = [send(x, self.device) for x in batch]
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._travels)
+        for x in arrived:
+            x.record_stream(current)
+        return Batch(*arrived)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -257,7 +271,7 @@ class Replay:
         if self._mirror is not None:
             first = number % self._index.slots * self.streams
             for name, value in values.items():
-                self._mirror[name][first : first + self.streams] = torch.from_numpy(value)
+                self._mirror[name][first : first + self.streams] = send(value, self.device)
 
     def _read_unfinished(self) -> Bool[np.ndarray, " E"]:
         """Streams that the next row may continue: their newest row is not the last of its episode, or it is gone."""

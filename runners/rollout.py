@@ -40,8 +40,9 @@ class Collector:
     and keeps their rows, and all three numbers are those of all: each must call ``step`` and ``wait`` as the others do.
     """
 
-    def __init__(self, envs: ResumableVectorEnv, replay: Replay, action_dim: int) -> None:
+    def __init__(self, envs: ResumableVectorEnv, replay: Replay, action_dim: int, *, overlap: bool = True) -> None:
         self.envs = envs
+        self.overlap = overlap
         self.replay = replay
         self.action_dim = action_dim
         self.num_envs = n = envs.num_envs
@@ -60,8 +61,8 @@ class Collector:
         self._running_return = np.zeros(n)
 
     def step(self, agent: Agent) -> None:
-        """One agent step in every environment. It is only asked for here: with processes, the environments step while
-        the caller learns, and the next call takes in what they answered."""
+        """One agent step in every environment. With ``overlap`` it is only asked for here: environments in processes
+        step while the caller learns, and the next call takes in what they answered."""
         self.wait()
         if self._carry is None:
             self._carry = agent.initial(self.num_envs)
@@ -73,6 +74,8 @@ class Collector:
         self.agent_steps += ranks.total(int((~row["is_last"]).sum()))
         self.envs.step_async(action)
         self._pending = True
+        if not self.overlap:
+            self.wait()
 
     def wait(self) -> None:
         """Take in the rows that the last step asked for."""

@@ -67,7 +67,7 @@ class Run(Session):
         self.replay = self._open_replay(config.loop.capacity, fresh=saved is None)
         opened.callback(self.replay.close)
         self.replay.place(self.device, mirror={"auto": None, "host": False, "cuda": True}[config.replay_device])
-        self.collector = Collector(self.envs, self.replay, action_dim)
+        self.collector = Collector(self.envs, self.replay, action_dim, overlap=config.overlap)
         if saved is not None:
             self._load(saved[0])
         self._open_logger(opened, saved, quiet=quiet)

@@ -36,13 +36,13 @@ from torch import Tensor
 
 from agents.random import RandomAgent
 from runners.checkpoint import CheckpointError, load_checkpoint, save_checkpoint_file
+from runners.checks import check_numbers
 from runners.config import (
     AgentName,
     Config,
     ConfigError,
     adjust,
     build_agent,
-    check_numbers,
     defaults,
     from_json,
     resolve_device,

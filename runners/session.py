@@ -17,7 +17,8 @@ from agents.interface import Agent
 from envs import action_repeat_of
 from envs.vector import VectorEnv
 from runners.checkpoint import Checkpoints
-from runners.config import Config, ConfigError, check, check_parts, differences, read_config, resolve_device, to_json
+from runners.checks import check, check_parts
+from runners.config import Config, ConfigError, differences, read_config, resolve_device, to_json
 from runners.disk import lock_file, replace_file
 from runners.logger import Logger, Silence
 from runners.replay import Replay

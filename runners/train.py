@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from agents.interface import Agent, NonFiniteLoss
@@ -146,6 +148,7 @@ def advance(run: Learner, meter: Meter) -> bool:
         return False
     run.credit += (collector.agent_steps - before) * loop.train_ratio / (loop.batch * loop.length)
     agent.anneal(run.progress)
+    meter.begin_step()
     while run.credit >= 1:
         meter.add(agent.update(run.replay.sample(ranks.part(loop.batch), loop.length, run.generator)))
         run.credit -= 1
@@ -224,20 +227,41 @@ def recorded(run: Session) -> Evaluation | None:
 
 
 class Meter:
-    """Means of metrics between two rows of the log; the values stay on their device until they are read."""
+    """Means of metrics between two rows of the log; the values stay on their device until they are read.
+
+    ``policy_lag`` is among them: the updates made since the weights chose an action, when its outcome arrives. It is
+    below 1 + num_envs · train_ratio / (batch · length), what one step of all environments pays for.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._steps = self._updates = 0
+
+    def begin_step(self) -> None:
+        """The updates that follow are made while the environments take a step."""
+        self._steps += 1
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value, count + 1)
+        values = torch.stack(list(metrics.values()))
+        total, count = self._sums.get(tuple(metrics), (0.0, 0))
+        self._sums[tuple(metrics)] = (total + values, count + 1)
+        self._updates += 1
 
     def means(self) -> dict[str, float]:
         """The means, each under ``train/``; the next row starts from nothing."""
-        out = {f"train/{name}": float(total) / count for name, (total, count) in self._sums.items()}
-        self._sums = {}
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
+        for names, (total, count) in self._sums.items():
+            for name, value in zip(names, total.tolist(), strict=True):
+                sums[name] += value
+                counts[name] += count
+        out = {f"train/{name}": sums[name] / counts[name] for name in sums}
+        if self._steps:
+            out["train/policy_lag"] = self._updates / self._steps
+        self._forget()
         return out
 
 

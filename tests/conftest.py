@@ -1,19 +1,28 @@
 """What every test runs under: tensor shapes checked at run time, one thread, fixed seeds, a renderer chosen."""
 
 import random
+from collections.abc import Iterator
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 # Only modules imported after this line are checked, so it stands before any import of the project.
-install_import_hook(["worldmodels", "agents"], "beartype.beartype")
+jaxtyping.install_import_hook(["worldmodels", "agents"], "beartype.beartype")
 
 import envs  # noqa: E402, F401  importing it chooses MUJOCO_GL, which must come before MuJoCo is imported
 
+LONGEST = ("resume", "grid", "bad_input", "baselines", "train", "vector", "learning", "diagnose", "ranks", "evaluate")
+"""The files that take longest, longest first. Begun first, they leave short ones to even out what two workers have."""
+
 # Sums are grouped by thread, so a fixed number of threads keeps results equal on every machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +31,12 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  third-party code draws from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Iterator[None]:
+    """Shapes are not checked, as for a user, which takes a third off a small training. For files whose trainings must
+    end like another one bit for bit, or are like those of test_train, where shapes are checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,7 +1,11 @@
-"""Environments whose every number is known, registered for ``gym/tests.envs_helpers:<Id>`` in any process."""
+"""Environments whose every number is known, registered for ``gym/tests.envs_helpers:<Id>`` in any process.
+
+The workers of a vector import this module: it imports no torch, which takes seconds, and nothing of the project.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import gymnasium as gym
@@ -51,6 +55,36 @@ class Counting(gym.Env[np.ndarray, Any]):
         return np.full((40, 60, 3), 10 * self._count, np.uint8)
 
 
+class Moody(gym.Env[np.ndarray, np.ndarray]):
+    """Observes (step number, its length), rewards with the action. Episodes of 3 to 7 steps, as the seed says.
+
+    The class counts its steps over all episodes and gives NaN at those in ``bad_steps``.
+    """
+
+    bad_steps: Container[int] = ()
+    steps_taken = 0
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._length, self._count = int(self.np_random.integers(3, 8)), 0
+        return self._obs(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._count += 1
+        Moody.steps_taken += 1
+        obs = self._obs() * (np.nan if Moody.steps_taken in Moody.bad_steps else 1.0)
+        return obs, float(action[0]), self._count == self._length, False, {}
+
+    def _obs(self) -> np.ndarray:
+        return np.array([self._count, self._length], np.float64)
+
+
+gym.register("Moody-v0", entry_point=Moody)
 for _name, _kwargs in {
     "Counting-v0": {},
     "BadReward-v0": {"bad": "reward"},

@@ -1,18 +1,20 @@
-"""Training runs small enough for tests, signals at an exact row, and environments that go wrong when told to."""
+"""Training runs small enough for tests, what they left, and signals at an exact row."""
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,6 @@ from runners.config import Config, parse_args
 from runners.replay import Replay
 
 ROOT = Path(__file__).resolve().parents[1]
-PREFIX = "gym/tests.loop_helpers:"
 
 SMALL_AGENT = {
     "model.latent-dim": 8,
@@ -88,7 +89,14 @@ def flags(run_dir: Path, settings: dict[str, Any], **changes: Any) -> list[str]:
 
 def config(run_dir: Path, settings: dict[str, Any], **changes: Any) -> Config:
     """The same as the parsed configuration."""
-    return parse_args(flags(run_dir, settings, **changes))
+    folder, *rest = flags(run_dir, settings, **changes)[1:]
+    return dataclasses.replace(_parsed(tuple(rest)), run_dir=folder)
+
+
+@functools.cache
+def _parsed(words: tuple[str, ...]) -> Config:
+    """Most trainings here differ in nothing but their folder, and the command line takes a quarter of a second."""
+    return parse_args(words)
 
 
 def program(module: str, *args: str, before: str = "") -> subprocess.CompletedProcess[str]:
@@ -115,15 +123,19 @@ class Finished(NamedTuple):
     process: subprocess.CompletedProcess[str]
 
 
-_FINISHED: list[Finished] = []
-
-
 def finished_run(factory: pytest.TempPathFactory) -> Finished:
-    """One run of TINY for the whole test session."""
-    if not _FINISHED:
-        path = factory.mktemp("finished") / "run"
-        _FINISHED.append(Finished(path, program("runners.train", *flags(path, TINY))))
-    return _FINISHED[0]
+    """One run of TINY for the whole test session: of several processes that share the tests, the first to ask trains
+    it, and the others wait for it."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "finished"
+    folder.mkdir(exist_ok=True)
+    path, told = folder / "run", folder / "process.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            process = program("runners.train", *flags(path, TINY))
+            told.write_text(json.dumps([process.args, process.returncode, process.stdout, process.stderr]))
+    return Finished(path, subprocess.CompletedProcess(*json.loads(told.read_text())))
 
 
 # -- what a run left ---------------------------------------------------------------------------------------------------
@@ -206,38 +218,3 @@ def signal_at_row(number: int, row: int) -> Iterator[None]:
         yield
     finally:
         Replay.add = real  # type: ignore[method-assign]
-
-
-# -- environments that go wrong ----------------------------------------------------------------------------------------
-
-
-class Moody(gym.Env[np.ndarray, np.ndarray]):
-    """Observes (step number, its length), rewards with the action. Episodes of 3 to 7 steps, as the seed says.
-
-    The class counts its steps over all episodes and gives NaN at those in ``bad_steps``.
-    """
-
-    bad_steps: Container[int] = ()
-    steps_taken = 0
-
-    def __init__(self, render_mode: str | None = None) -> None:
-        self.render_mode = render_mode
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self._length, self._count = int(self.np_random.integers(3, 8)), 0
-        return self._obs(), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self._count += 1
-        Moody.steps_taken += 1
-        obs = self._obs() * (np.nan if Moody.steps_taken in Moody.bad_steps else 1.0)
-        return obs, float(action[0]), self._count == self._length, False, {}
-
-    def _obs(self) -> np.ndarray:
-        return np.array([self._count, self._length], np.float64)
-
-
-gym.register("Moody-v0", entry_point=Moody)

@@ -174,11 +174,11 @@ def test_the_slow_copy_follows_at_its_rate() -> None:
         for fast in critic.members.parameters():
             fast.add_(1.0)
     before = [slow.clone() for slow, _ in pairs]
-    critic.follow()
+    critic.follow(torch.ones(()))
     for (slow, fast), old in zip(pairs, before, strict=True):
         torch.testing.assert_close(slow, old + 0.25 * (fast - old))
     for _ in range(60):
-        critic.follow()
+        critic.follow(torch.ones(()))
     for slow, fast in pairs:
         torch.testing.assert_close(slow, fast, rtol=1e-4, atol=1e-6)
 
@@ -210,7 +210,7 @@ def test_critics_learn_a_constant_return() -> None:
         optimiser.zero_grad()
         critic.loss(torch.zeros(1, 1), torch.tensor([50.0])).sum().backward()
         optimiser.step()
-        critic.follow()
+        critic.follow(torch.ones(()))
     assert float(critic.value(torch.zeros(1, 1)).detach()) == pytest.approx(50, rel=0.05)
 
 

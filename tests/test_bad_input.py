@@ -21,9 +21,9 @@ from runners.disk import ASIDE
 from runners.run import Run
 from runners.train import main, train
 from tests.disk_helpers import disk_full_at, fill_disk, tiny_disk
+from tests.envs_helpers import PREFIX, Moody
 from tests.loop_helpers import (
     COUNTING,
-    Moody,
     config,
     contents,
     differing,
@@ -34,7 +34,9 @@ from tests.loop_helpers import (
     signal_at_row,
 )
 
-MOODY = COUNTING | {"task": "gym/tests.loop_helpers:Moody-v0"}
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+MOODY = COUNTING | {"task": PREFIX + "Moody-v0"}
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +316,8 @@ def test_environment_that_only_gives_nan_ends_the_run_and_loses_nothing(
 def test_environment_that_was_never_finite(
     task: str, num_envs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = flags(tmp_path, COUNTING, task=f"gym/tests.envs_helpers:{task}", num_envs=num_envs, loop__prefill=80)
+    changes = {"task": PREFIX + task, "num-envs": num_envs, "loop.prefill": 80, "loop.eval-episodes": 1}
+    command = flags(tmp_path, COUNTING | changes)
     error = refused(capsys, command)
     assert task in error
     assert "NaN or inf" in error or "reward is inf" in error

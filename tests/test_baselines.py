@@ -25,15 +25,16 @@ from runners.baseline_agent import BaselineAgent, build_baseline
 from runners.baseline_buffer import RowBuffer, random_shift
 from runners.baseline_config import BASELINES
 from runners.baselines import BaselineRun
-from runners.config import ConfigError, build_agent, check, parse_args
+from runners.checks import check
+from runners.config import ConfigError, build_agent, parse_args
 from runners.evaluate import main as evaluate_main
 from runners.replay import Replay
 from runners.train import main, train
 from runners.vecenv import TaskVecEnv
-from tests.loop_helpers import PREFIX as MOODY
+from tests.envs_helpers import PREFIX
 from tests.loop_helpers import config, contents, differing, flags, newest_state, replay_rows, rows, without_wall_time
 
-COUNTING = "gym/tests.envs_helpers:Counting-v0"
+COUNTING, MOODY = PREFIX + "Counting-v0", PREFIX + "Moody-v0"
 CPU = torch.device("cpu")
 
 SMALL: dict[str, Any] = {
@@ -100,7 +101,7 @@ def test_our_environments_as_stable_baselines_has_them() -> None:
 
 
 def test_environments_that_end_at_different_times_go_on_alone() -> None:
-    with closing(TaskVecEnv(VectorEnv(f"{MOODY}Moody-v0", EnvConfig(obs="state"), 3, seed=1, processes=False))) as env:
+    with closing(TaskVecEnv(VectorEnv(MOODY, EnvConfig(obs="state"), 3, seed=1, processes=False))) as env:
         expected: Any = env.reset()
         seen = set()
         for _ in range(30):
@@ -166,7 +167,7 @@ def open_buffer(path: Path, env: Any, frames: int | None = None, capacity: int =
 
 def test_every_transition_is_sampled_and_nothing_else(tmp_path: Path) -> None:
     """Of environments whose episodes end at different times, but for those whose next row is still to come."""
-    vector = VectorEnv(f"{MOODY}Moody-v0", EnvConfig(obs="state"), 3, seed=1, processes=False)
+    vector = VectorEnv(MOODY, EnvConfig(obs="state"), 3, seed=1, processes=False)
     with closing(TaskVecEnv(vector)) as env:
         buffer = open_buffer(tmp_path / "replay", env)
         real = collect(env, buffer, 60)
@@ -231,7 +232,7 @@ def test_random_shifts_move_whole_pictures_and_repeat_the_border() -> None:
 
 def test_states_are_normalised_as_vec_normalize_does() -> None:
     settings = parse_args(["--agent", "ppo", "--env.obs", "state", "--ppo.units", "8"])
-    inner = TaskVecEnv(VectorEnv(f"{MOODY}Moody-v0", EnvConfig(obs="state"), 2, seed=1, processes=False))
+    inner = TaskVecEnv(VectorEnv(MOODY, EnvConfig(obs="state"), 2, seed=1, processes=False))
     with closing(VecNormalize(inner)) as env:
         agent = build_baseline(settings, inner.observation_space, inner.action_space, CPU, 2)
         assert isinstance(agent, Agent)
@@ -433,7 +434,7 @@ def test_killed_it_goes_on_from_the_last_checkpoint(agent: str, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_two_environments_whose_episodes_end_at_different_times_go_on(tmp_path: Path) -> None:
-    settings = SMALL | {"task": f"{MOODY}Moody-v0", "env.time-limit": None, "num-envs": 2, "env-steps": 120}
+    settings = SMALL | {"task": MOODY, "env.time-limit": None, "num-envs": 2, "env-steps": 120}
     settings |= {"agent": "sac", "loop.prefill": 40, "loop.eval-every": 120, "loop.checkpoint-every": 50}
     settings |= {"loop.eval-episodes": 1}
     assert train(config(tmp_path / "whole", settings), quiet=True) is not None

@@ -13,22 +13,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from torch.autograd.profiler_util import FunctionEvent
 
 from agents.dreamer import DreamerAgent, DreamerConfig
-from benchmarks import curves, speed
+from benchmarks import cuda, curves, speed
 from benchmarks.decision import PARTS as DECISION_PARTS
 from benchmarks.decision import PartClock, published_peer
 from benchmarks.peers import PeerUnavailable
 from benchmarks.plot import mean_curve, read_references
+from benchmarks.reference_size import reference
+from benchmarks.run import parse as grid_of
 from benchmarks.stopwatch import Stopwatch
+from benchmarks.update_cost import count_flop
 from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
 from runners.config import Config, build_agent, parse_args, presets, to_json
@@ -396,9 +400,7 @@ def test_each_operator_is_charged_to_its_part_and_its_backward_step_too() -> Non
 def test_measuring_the_parts_of_an_update_is_the_update_itself() -> None:
     config = parse_args([*SMALL, "--dreamer.behaviour-every", "3"])
     observations, actions = gym.spaces.Box(0, 255, (3, 16, 16), np.uint8), gym.spaces.Box(-1, 1, (2,), np.float32)
-    never = torch.zeros(4, 8, dtype=torch.bool)
-    pixels = torch.randint(0, 256, (4, 8, 3, 16, 16), dtype=torch.uint8)
-    batch = Batch(pixels, torch.rand(4, 8, 2), torch.rand(4, 8), never, never, never)
+    batch = random_rows(4, 8)
 
     def learn(updates: Callable[[DreamerAgent], Any]) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
@@ -417,8 +419,34 @@ def test_measuring_the_parts_of_an_update_is_the_update_itself() -> None:
     assert all(torch.equal(measured[name], plain[name]) for name in plain)
 
 
+def test_the_arithmetic_is_that_of_the_rows_and_starts() -> None:
+    """Every product and convolution has as many rows as the batch or the imagination: twice the rows, twice as many."""
+    config = parse_args([*SMALL, "--dreamer.starts", "4"])
+    frames, actions = gym.spaces.Box(0, 255, (3, 16, 16), np.uint8), gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def count(times: int, threads: int) -> int:
+        torch.set_num_threads(threads)
+        dreamer = dataclasses.replace(config.dreamer, starts=4 * times)
+        agent = build_agent(dataclasses.replace(config, dreamer=dreamer), frames, actions, torch.device("cpu"))
+        assert isinstance(agent, DreamerAgent)
+        return count_flop(agent, random_rows(2 * times, 8))
+
+    once, twice, thrice = (count(times, 1) for times in (1, 2, 3))
+    assert thrice - twice == twice - once, "what does not grow with the rows is constant: SIGReg's knots"
+    stem = 2 * 2 * 8 * (24 * 3 * 3) * (3 * 8 * 8)
+    assert 2 * once - twice < 0.01 * once
+    assert once > 2 * stem, "more than the stem alone, forward and the gradient of its weights"
+    assert count(1, 2) == once, "with the halves of an update in two threads, too"
+
+
+def random_rows(batch: int, rows: int) -> Batch:
+    never = torch.zeros(batch, rows, dtype=torch.bool)
+    pixels = torch.randint(0, 256, (batch, rows, 3, 16, 16), dtype=torch.uint8)
+    return Batch(pixels, torch.rand(batch, rows, 2), torch.rand(batch, rows), never, never, never)
+
+
 SMALL = ["--preset", "cpu", "--device", "cpu", "--threads", "1", "--env.size", "16", "--loop.batch", "4"]
-SMALL += ["--loop.length", "8", "--dreamer.starts", "8"]
+SMALL += ["--loop.length", "8", "--loop.prefill", "512", "--dreamer.starts", "8"]
 QUICK = ["--repeats", "1", "--seconds", "0.01", "--replay-rows", "64", "--processes", "2"]
 
 
@@ -426,12 +454,16 @@ def test_everything_is_measured_and_written_down(tmp_path: Path, capsys: pytest.
     file = tmp_path / "new" / "speed.json"
     assert speed.main([*QUICK, *SMALL, "--json", str(file)]) == 0
     content = json.loads(file.read_text())
-    keys = ["env/canonical", "env/fast", "env/vector", "update/total", *(f"update/{part}" for part in PARTS)]
+    costs = ("arithmetic", "flop_rate", "matrix_rate", "launches")
+    keys = ["env/canonical", "env/fast", "env/vector", "update/total"]
+    keys += [f"update/{name}" for name in (*costs, *PARTS)]
     keys += [
         "act/1",
         "act/10",
         "plan/agent",
         *(f"plan/agent_{part}" for part in DECISION_PARTS),
+        "loop/collect",
+        "loop/learn",
         "replay/add",
         "replay/sample",
         "replay/sample_mirror",
@@ -512,3 +544,43 @@ def test_an_unknown_flag_ends_with_what_is_close(capsys: pytest.CaptureFixture[s
         speed.main(["--loop.bacth", "4"])
     assert exit_.value.code == 2
     assert "--loop.batch" in capsys.readouterr().err
+
+
+# -- a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_for_a_gpu_are_understood(tmp_path: Path) -> None:
+    """They are run when there is one; until then their flags must not rot."""
+    stages = {stage: cuda.commands(cuda.CudaConfig(tmp_path), stage) for stage in get_args(cuda.Stage)}
+    assert stages["same"] == [["benchmarks.same_updates", "--device", "cuda"]]
+    ways = []
+    for _, *args in [*stages["update"], *stages["loop"]]:
+        options, others = tyro.cli(speed.SpeedConfig, args=args, return_unknown_args=True)
+        run = parse_args(others)
+        assert (run.task, run.preset, run.loop.train_ratio) == ("dmc/walker-walk", "cuda", 512)
+        ways.append((options.suite, options.size, run.compile))
+    sizes = [("update", "reference", way) for way in ("false", "graph", "true")]
+    assert ways == [*sizes, ("loop", "preset", "auto")]
+    ((_, *args),) = stages["walker"]
+    assert parse_args(args).env_steps == 100_000
+    ((_, *args),) = stages["dmc6"]
+    asked, grid = grid_of(args)
+    assert (asked.jobs, len(grid.cells()), grid.env_steps) == (6, 6, 100_000)
+
+
+def test_without_a_gpu_its_benchmark_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cuda", "--out", "nowhere"])
+    assert cuda.main() == 1
+    assert "--device cuda was asked for, but" in capsys.readouterr().err
+    assert not Path("nowhere").exists()
+
+
+def test_the_reference_size_is_the_same_learner_but_for_its_size() -> None:
+    run = reference(parse_args(["--preset", "cpu", "--seed", "4", "--loop.train-ratio", "3"]))
+    assert (run.loop.batch, run.loop.length, run.dreamer.starts, run.dreamer.horizon) == (16, 64, 1024, 15)
+    assert (run.seed, run.loop.train_ratio, run.task) == (4, 3, "dmc/cartpole-swingup")
+    frames, actions = gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Box(-1, 1, (6,), np.float32)
+    agent = build_agent(run, frames, actions, torch.device("cpu"))
+    assert isinstance(agent, DreamerAgent)
+    assert 11.5e6 < sum(x.numel() for group in agent.groups.values() for x in group) < 12.5e6

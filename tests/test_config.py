@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from runners.config import Config, check, differences, from_json, parse_args, presets, to_json
+from runners.checks import check
+from runners.config import Config, differences, from_json, parse_args, presets, to_json
 from runners.train import main
 from tests.loop_helpers import ROOT
 

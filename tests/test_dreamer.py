@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.actor_critic import CriticConfig, Draw, Estimator, Pathwise, PolicyConfig, Reinforce, squashed_log_prob
-from agents.dreamer import DreamerAgent, DreamerConfig
+from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
 from agents.interface import NonFiniteLoss
 from tests.toys import Point, PointState
 from worldmodels.encoder import ConvConfig
@@ -59,12 +59,18 @@ MODEL = LeWMConfig(
 )
 
 
-def pixel_agent(estimator: Estimator | None = None, *, model: LeWMConfig = MODEL, **changes: Any) -> DreamerAgent:
+def pixel_agent(
+    estimator: Estimator | None = None,
+    *,
+    model: LeWMConfig = MODEL,
+    compilation: Compilation = "auto",
+    device: str = "cpu",
+    **changes: Any,
+) -> DreamerAgent:
     """A small agent on 16×16 pixels with two action dimensions."""
-    agent = DreamerAgent(
-        build_world_model((3, 16, 16), 2, model), 2, estimator or Pathwise(), replace(CONFIG, **changes)
-    )
-    agent.start(pixel_batch(2, 8).obs.flatten(0, 1))
+    world_model = build_world_model((3, 16, 16), 2, model).to(device)
+    agent = DreamerAgent(world_model, 2, estimator or Pathwise(), replace(CONFIG, **changes), compilation)
+    agent.start(pixel_batch(2, 8).obs.flatten(0, 1).to(device))
     return agent
 
 
@@ -469,7 +475,7 @@ class KnownValue(nn.Module):
     def loss(self, feat: Tensor, target: Tensor) -> Tensor:
         return (self.value(feat) - target).square() + 0 * self.unused
 
-    def follow(self) -> None:
+    def follow(self, part: Tensor) -> None:
         pass
 
 

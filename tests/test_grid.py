@@ -356,15 +356,25 @@ def test_a_run_goes_on_with_the_threads_it_began_with(folder: GridFolder) -> Non
 # -- in processes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first run of a grid of LONGER ones, in one piece."""
+    grid = grid_of(COUNT, env_steps=LONGER)
+    path = tmp_path_factory.mktemp("longer") / "run"
+    train_here(grid, path, grid.cells()[0])
+    return path
+
+
 def test_a_failing_run_is_tried_again_then_marked_and_the_others_go_on(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The failing one comes first. The other one is bit for bit what runners.train makes of the same settings."""
-    grid = grid_of(CRASH, COUNT)
+    grid = grid_of(CRASH, COUNT, agents=("random:state",))
     folder = GridFolder(tmp_path / "grid")
     assert main(words(grid, folder.path)) == 1
     crash, count = grid.cells()
-    assert_same_run(folder.run_dir(count), finished)
+    train_here(grid, tmp_path / "whole", count)
+    assert_same_run(folder.run_dir(count), tmp_path / "whole")
     failure = json.loads(folder.failure(crash).read_text())
     assert failure["attempts"] == 2
     assert failure["error"].splitlines()[0] == "(exit code 1)"
@@ -377,7 +387,9 @@ def test_a_failing_run_is_tried_again_then_marked_and_the_others_go_on(
     assert "to try them again: add --retry-failed" in out
 
 
-def test_stopped_in_the_middle_it_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_in_the_middle_it_saves_and_goes_on(
+    longer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing tells afterwards that SIGTERM came in between."""
     grid = grid_of(COUNT, env_steps=LONGER)
     (cell,) = grid.cells()
@@ -399,11 +411,10 @@ def test_stopped_in_the_middle_it_saves_and_goes_on(tmp_path: Path, capsys: pyte
     assert not folder.failure(cell).exists()
     assert main(words(grid, folder.path)) == 0
     assert f"at {at:,} env_steps" in folder.log(cell).read_text()
-    train_here(grid, tmp_path / "whole", cell)
-    assert_same_run(folder.run_dir(cell), tmp_path / "whole")
+    assert_same_run(folder.run_dir(cell), longer)
 
 
-def test_a_killed_driver_leaves_no_process_behind_and_the_next_waits_for_the_last(tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_no_process_behind_and_the_next_waits_for_the_last(longer: Path, tmp_path: Path) -> None:
     grid = grid_of(COUNT, env_steps=LONGER)
     (cell,) = grid.cells()
     folder = GridFolder(tmp_path / "grid")
@@ -420,8 +431,7 @@ def test_a_killed_driver_leaves_no_process_behind_and_the_next_waits_for_the_las
     assert until_ended(executor) == [(job, None)]
     said = folder.log(cell).read_text()
     assert said.index("and saved; the same command goes on") < said.index("resuming ")
-    train_here(grid, tmp_path / "whole", cell)
-    assert_same_run(folder.run_dir(cell), tmp_path / "whole")
+    assert_same_run(folder.run_dir(cell), longer)
 
 
 def until_ended(executor: Executor) -> list[tuple[Job, str | None]]:
@@ -485,7 +495,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.timeout(600)  # it starts two dozen processes, most of them Ray's
-def test_a_ray_cluster_whose_worker_is_killed_finishes_the_grid(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_ray_cluster_whose_worker_is_killed_finishes_the_grid(ray_cluster: str, longer: Path, tmp_path: Path) -> None:
     """Two runs at once; the worker of one is killed with -9. Its run ends with it, is started again and goes on."""
     grid = grid_of(COUNT, seeds=2, env_steps=LONGER)
     folder = GridFolder(tmp_path / "grid")
@@ -501,11 +511,10 @@ def test_a_ray_cluster_whose_worker_is_killed_finishes_the_grid(ray_cluster: str
     assert folder.log(first).read_text().count("# 20") == 2
     assert "resuming " in folder.log(first).read_text()
     assert plan(folder, grid, retry_failed=False).done == [first, second]
-    train_here(grid, tmp_path / "whole", first)
-    assert_same_run(folder.run_dir(first), tmp_path / "whole")
+    assert_same_run(folder.run_dir(first), longer)
 
 
-def test_a_preempted_job_of_slurm_saves_and_goes_on(tmp_path: Path) -> None:
+def test_a_preempted_job_of_slurm_saves_and_goes_on(longer: Path, tmp_path: Path) -> None:
     """Through submitit's local executor: the same job and signal in the same wrapping, without the queue."""
     grid = grid_of(COUNT, env_steps=LONGER)
     (cell,) = grid.cells()
@@ -521,5 +530,4 @@ def test_a_preempted_job_of_slurm_saves_and_goes_on(tmp_path: Path) -> None:
     assert said.count("# 20") == 2
     assert said.index("and saved; the same command goes on") < said.index("resuming ")
     assert folder.finished(cell, grid.env_steps)
-    train_here(grid, tmp_path / "whole", cell)
-    assert_same_run(folder.run_dir(cell), tmp_path / "whole")
+    assert_same_run(folder.run_dir(cell), longer)

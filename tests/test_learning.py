@@ -14,12 +14,15 @@ from runners.train import main
 from worldmodels.interface import Batch
 from worldmodels.lewm import LeWMConfig, build_world_model
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def random_rows(path: Path, env_steps: int, seed: int) -> Replay:
     """The replay of random actions on cartpole swing-up."""
     once = str(env_steps)
     words = ["--task", "dmc/cartpole-swingup", "--agent", "random", "--env-steps", once, "--seed", str(seed)]
     words += ["--run-dir", str(path), "--loop.eval-every", once, "--loop.eval-episodes", "1", "--threads", "1"]
+    words += ["--num-envs", "1"]  # in this process: each of four would take seconds to start
     assert main(words) == 0
     return Replay.open(path / "replay")
 
@@ -33,7 +36,7 @@ def test_the_world_model_learns_from_pixels_what_actions_cause(tmp_path: Path) -
     model = build_world_model((3, 64, 64), 1, LeWMConfig())
     model.fit_normaliser(train.sample(16, 16, generator).obs.flatten(0, 1))
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(400):
+    for _ in range(300):
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bf16(torch.device("cpu"))):
             loss, _, _ = model.loss(train.sample(16, 16, generator))
         optimiser.zero_grad()

@@ -23,9 +23,9 @@ from benchmarks.peer_updates import (
     our_lewm_update,
     our_update,
     ratios,
-    reference,
 )
 from benchmarks.peers import PeerUnavailable
+from benchmarks.reference_size import reference
 from benchmarks.stopwatch import Cost, Stopwatch, cost_of
 from runners.config import check_numbers
 from worldmodels.lewm import PAPER
@@ -192,7 +192,7 @@ def test_the_reference_size_is_that_of_the_published_agents() -> None:
     assert (run.loop.batch, run.loop.length, run.dreamer.starts, run.dreamer.horizon) == (16, 64, 1024, 15)
     ours = our_update(run, CPU, False)
     assert ours.parameters == pytest.approx(12e6, rel=0.03)
-    peers = contests()["update"].peers
+    peers = contests(reference())["update"].peers
     assert all((task.batch, task.length, task.horizon, task.actions) == (16, 64, 15, 6) for task in peers.values())
 
 
@@ -228,7 +228,7 @@ def test_ours_learns_all_that_is_counted(build: Callable[[], Ours], monkeypatch:
 
 
 def test_the_lewm_step_is_the_published_model_in_both() -> None:
-    task = contests()["lewm_update"].peers["stable_worldmodel"]
+    task = contests(reference())["lewm_update"].peers["stable_worldmodel"]
     assert task.length == PAPER.transformer.history + 1
     assert task.batch == peer_updates.LEWM_BATCH
 

@@ -16,7 +16,8 @@ import torch
 
 from agents.random import RandomAgent
 from envs.vector import VectorEnv
-from runners.config import ConfigError, check_parts, from_json
+from runners.checks import check_parts
+from runners.config import ConfigError, from_json
 from runners.evaluate import EvaluateConfig, evaluate_run
 from runners.replay import Replay
 from runners.rollout import Collector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from tests.loop_helpers import (
     without_wall_time,
 )
 
-LONGER = TINY | {"env-steps": 1360, "loop.train-ratio": 64, "loop.eval-every": 640}
-"""170 agent steps of pixels with two updates each, after the prefill."""
+LONGER = TINY | {"env-steps": 760, "loop.train-ratio": 128, "loop.eval-every": 640}
+"""95 agent steps of pixels, and four updates for each after the prefill."""
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_next_200_updates_are_bit_identical(tmp_path: Path) -> None:
     """Pixels of a real task, one environment, on the CPU."""
     assert train(config(tmp_path / "whole", LONGER), quiet=True) is not None
-    stopped = stop(tmp_path / "parts", LONGER, row=66)
+    stopped = stop(tmp_path / "parts", LONGER, row=46)
     assert 0 < stopped["updates"] < 80
     assert train(config(tmp_path / "parts", LONGER), quiet=True) is not None
     assert newest_state(tmp_path / "parts")["updates"] - stopped["updates"] >= 200
@@ -105,7 +108,7 @@ def test_metrics_after_a_stop_are_those_of_an_uninterrupted_run(uninterrupted: P
 
 def test_two_environments_go_on_where_they_were(tmp_path: Path) -> None:
     """Each in a process of its own; both in the middle of an episode."""
-    two = COUNTING | {"num-envs": 2, "env-steps": 160}
+    two = COUNTING | {"num-envs": 2, "env-steps": 160, "loop.eval-episodes": 1}  # each of them takes a process
     assert train(config(tmp_path / "whole", two), quiet=True) is not None
     stop(tmp_path / "parts", two, row=40)
     assert train(config(tmp_path / "parts", two), quiet=True) is not None
@@ -131,19 +134,23 @@ def test_a_run_that_was_moved_goes_on(uninterrupted: Path, tmp_path: Path) -> No
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_saves_and_says_how_to_go_on(finished: Finished, tmp_path: Path) -> None:
+def signalled_at_row(number: int, row: int, path: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, which gets a signal after so many rows."""
+    before = f"held = loop_helpers.signal_at_row({int(number)}, {row}); held.__enter__()"
+    return program("runners.train", *flags(path, settings), before=before)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    process = program(
-        "runners.train", *flags(path, TINY), before="held = loop_helpers.signal_at_row(15, 70); held.__enter__()"
-    )
+    process = signalled_at_row(signal.SIGTERM, 70, path, COUNTING)
     assert process.returncode == 130
     state = newest_state(path)
     assert state["replay"]["written"] == 70
     said = f"stopped at {state['collector']['env_steps']} env_steps and saved; the same command goes on from here"
     assert process.stdout.splitlines()[-1] == said
     assert "Traceback" not in process.stderr
-    assert train(config(path, TINY), quiet=True) is not None
-    assert_same_run(finished.path, path)
+    assert train(config(path, COUNTING), quiet=True) is not None
+    assert_same_run(uninterrupted, path)
 
 
 def test_ctrl_c_saves_too_and_gives_the_signals_back(tmp_path: Path) -> None:
@@ -165,18 +172,13 @@ def test_second_ctrl_c_ends_at_once_and_loses_nothing_saved(uninterrupted: Path,
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
-def kill_at_row(path: Path, row: int) -> None:
-    process = program(
-        "runners.train", *flags(path, TINY), before=f"held = loop_helpers.signal_at_row(9, {row}); held.__enter__()"
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
-
-
 def test_killed_run_goes_back_to_its_last_checkpoint(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """From the pixels of a real task."""
     path = tmp_path / "run"
-    kill_at_row(path, 110)
+    process = signalled_at_row(signal.SIGKILL, 110, path, TINY)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     found = Checkpoints(path / "checkpoints").latest()
     assert found is not None
     back = found[1]["env_steps"]
@@ -189,12 +191,13 @@ def test_killed_run_goes_back_to_its_last_checkpoint(
     assert_same_run(finished.path, path)
 
 
-def test_killed_before_the_first_checkpoint_starts_over(finished: Finished, tmp_path: Path) -> None:
+def test_killed_before_the_first_checkpoint_starts_over(uninterrupted: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    kill_at_row(path, 20)
+    process = signalled_at_row(signal.SIGKILL, 20, path, COUNTING)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert Checkpoints(path / "checkpoints").latest() is None
-    assert train(config(path, TINY), quiet=True) is not None
-    assert_same_run(finished.path, path)
+    assert train(config(path, COUNTING), quiet=True) is not None
+    assert_same_run(uninterrupted, path)
 
 
 # -- the same folder again ---------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from runners.logger import write_video
 from runners.replay import Replay, ReplayError
 from runners.train import train
 from runners.vecenv import VecEnvCollector
-from tests.envs_helpers import LENGTH, Counting
-from tests.loop_helpers import TINY, Moody, config, differing, newest_state
+from tests.envs_helpers import LENGTH, Counting, Moody
+from tests.loop_helpers import TINY, config, differing, newest_state
 
 TASK = "dmc/cartpole-swingup"
 STATE = EnvConfig(obs="state", time_limit=80)

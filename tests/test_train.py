@@ -38,7 +38,7 @@ from tests.loop_helpers import (
 from worldmodels.interface import Batch
 
 COUNTING_TASK = "gym/tests.envs_helpers:Counting-v0"
-MOODY_TASK = "gym/tests.loop_helpers:Moody-v0"
+MOODY_TASK = "gym/tests.envs_helpers:Moody-v0"
 STATE = EnvConfig(obs="state")
 
 
@@ -172,11 +172,15 @@ def test_train_ratio_is_updates_over_agent_steps(ratio: float, per_step: float, 
     steps, updates = last["agent_steps"] - first["agent_steps"], last["updates"] - first["updates"]
     assert steps >= 60
     assert abs(updates - per_step * steps) <= 1
+    # How old the policy was that chose what arrives: below what a step pays for, and one.
+    assert all(0 <= row["train/policy_lag"] < per_step + 1 for row in metrics if "train/policy_lag" in row)
+    assert metrics[-1]["train/policy_lag"] == pytest.approx(per_step, abs=0.5)
 
 
 def test_several_environments_share_the_train_ratio(tmp_path: Path) -> None:
     """Two environments: two agent steps a row, two updates a row."""
-    train(config(tmp_path, COUNTING, num_envs=2, env_steps=240, loop__prefill=80, loop__train_ratio=32), quiet=True)
+    two = {"num-envs": 2, "env-steps": 240, "loop.prefill": 80, "loop.train-ratio": 32, "loop.eval-episodes": 1}
+    train(config(tmp_path, COUNTING | two), quiet=True)
     metrics = rows(tmp_path / "metrics.jsonl")
     first, last = metrics[0], metrics[-1]
     assert last["agent_steps"] - first["agent_steps"] >= 100
@@ -282,6 +286,18 @@ def test_alignment_from_environment_to_batch(num_envs: int, obs: Any, tmp_path: 
     endings = assert_timeline(replay.sample(256, 15, np.random.default_rng(0)))
     assert endings == {True, False}
     assert len(replay) == 40 * num_envs
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_answer_is_taken_in_a_step_later_where_learning_overlaps(overlap: bool, tmp_path: Path) -> None:
+    envs = make_vector_env(COUNTING_TASK, STATE, 2, seed=0)
+    replay = new_replay(tmp_path, envs)
+    collector, agent = Collector(envs, replay, 1, overlap=overlap), RandomAgent(1, 0)
+    for k in range(1, 4):
+        collector.step(agent)
+        assert collector.env_steps == 2 * (k - overlap)
+        assert len(replay) == 2 * k, "the row that was acted on is there either way"
+    envs.close()
 
 
 def test_returns_are_those_of_whole_episodes(tmp_path: Path) -> None:
@@ -419,10 +435,9 @@ def test_reinforce_and_transformer_run(tmp_path: Path) -> None:
 
 
 def test_state_of_a_real_task_and_two_environments_run(tmp_path: Path) -> None:
-    changes = config(
-        tmp_path, TINY, task="mujoco/HalfCheetah-v5", env__obs="state", num_envs=2, env_steps=160, loop__prefill=80
-    )
-    result = train(changes, quiet=True)
+    changes = {"task": "mujoco/HalfCheetah-v5", "env.obs": "state", "num-envs": 2, "env-steps": 160}
+    changes |= {"loop.prefill": 80, "loop.eval-episodes": 1}
+    result = train(config(tmp_path, TINY | changes), quiet=True)
     assert result is not None
     assert result.frames is None
     assert not (tmp_path / "videos").exists()

@@ -207,7 +207,7 @@ class LeWorldModel(WorldModel):
             action=predicted.action,
             # The newest slot is valid always; older ones only if no episode has started since.
             valid=torch.cat([predicted.valid[:, :-1] & keep, torch.ones_like(keep)], 1),
-            hidden=torch.where(keep & state.valid[:, -1:], predicted.hidden.float(), 0.0),
+            hidden=predicted.hidden.float().masked_fill(~(keep & state.valid[:, -1:]), 0.0),
         )
 
     def imagine(self, state: Memory, action: Float[Tensor, "B A"]) -> Memory:
@@ -282,7 +282,7 @@ class LeWorldModel(WorldModel):
         b, t, _ = z.shape
         windows, actions, valid = unfold_windows(z, batch.action, batch.is_first, self.history)
         predicted, hidden = self.predictor.sequence(z[:, :-1], batch.action[:, :-1], batch.is_first[:, :-1])
-        arrived = torch.where(batch.is_first[:, 1:, None], 0.0, hidden)
+        arrived = hidden.masked_fill(batch.is_first[:, 1:, None], 0.0)
         arrived = torch.cat([torch.zeros_like(arrived[:, :1]), arrived], 1)
         now = LeWMState(z=windows, action=actions[:, :-1], valid=valid, hidden=arrived.flatten(0, 1))
         before = [x.view(b, t, *x.shape[1:])[:, :-1].flatten(0, 1) for x in (windows, actions, valid)]

@@ -102,8 +102,8 @@ class TransformerPredictor(nn.Module):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
         """The next latent after a window, as the Predictor protocol says; ``hidden`` has the latent's size."""
         # Zeroed besides being masked: a masked NaN would still reach the output through 0 · NaN.
-        z = torch.where(valid[..., None], z, 0.0)
-        action = torch.where(valid[..., None], action, 0.0)
+        z = z.masked_fill(~valid[..., None], 0.0)
+        action = action.masked_fill(~valid[..., None], 0.0)
         position = (valid.cumsum(1) - 1).clamp(min=0)
         causal = torch.ones(self.history, self.history, dtype=torch.bool, device=z.device).tril()
         # An invalid slot looks at itself, because a softmax over nothing is NaN; nobody looks at it.
@@ -185,8 +185,8 @@ class TransformerPredictor(nn.Module):
     def _observed(
         self, z: Float[Tensor, "B C D"], action: Float[Tensor, "B C A"], valid: Bool[Tensor, "B C"]
     ) -> _Shared:
-        z = torch.where(valid[..., None], z, 0.0)
-        condition = F.silu(self.embed_action(torch.where(valid[..., None], action, 0.0)))[:, None]
+        z = z.masked_fill(~valid[..., None], 0.0)
+        condition = F.silu(self.embed_action(action.masked_fill(~valid[..., None], 0.0)))[:, None]
         row = torch.arange(z.shape[1], device=z.device)
         visible = ((row <= row[:, None]) & valid[:, None]) | (row == row[:, None])
         x = (z + self.position[(valid.cumsum(1) - 1).clamp(min=0)])[:, None]

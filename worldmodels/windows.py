@@ -10,7 +10,7 @@ from torch import Tensor
 def rows_since_start(is_first: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """How many rows before it a row remembers: 0 at ``is_first`` and at row 0, where a sequence's memory begins."""
     row = torch.arange(is_first.shape[1], device=is_first.device)
-    return row - torch.where(is_first, row, 0).cummax(1).values
+    return row - row.expand(is_first.shape).masked_fill(~is_first, 0).cummax(1).values
 
 
 def unfold_windows(

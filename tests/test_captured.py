@@ -1,0 +1,114 @@
+"""What a GPU needs of an update: no wait of the host inside it, figures that are refused late, and the same numbers
+compiled. Recording itself needs CUDA."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agents.actor_critic import Pathwise, Reinforce
+from agents.captured import WARM_UP, Captured, Watch
+from agents.interface import NonFiniteLoss
+from tests.test_dreamer import awake, flat, frames, pixel_agent, pixel_batch
+
+WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "multinomial", "unique")
+"""Operators that answer the host, or whose answer's size depends on what a tensor holds."""
+FROM_HOST = ("lift_fresh", "scalar_tensor")
+"""Operators that make a tensor out of a number of the host: on a GPU a copy that waits, which no graph can hold."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in WAITING + FROM_HOST, f"{func} waits for the device"
+        if name in ("index", "index_put"):
+            assert all(x is None or x.dtype != torch.bool for x in args[1]), f"{func} by a mask waits for the device"
+        return func(*args, **kwargs or {})
+
+
+def test_the_refusal_sees_what_waits() -> None:
+    x = torch.arange(3.0)
+    for waits in (
+        lambda: float(x.sum()),
+        lambda: x[x > 1],
+        lambda: torch.where(x > 1, x, 0.0),
+        lambda: torch.tensor([1.0, 2.0]),
+        lambda: torch.multinomial(x, 1) if x.sum() > 0 else None,
+    ):
+        with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+            waits()
+
+
+@pytest.mark.parametrize("behaviour", [True, False])
+@pytest.mark.parametrize("gradient", ["pathwise", "reinforce"])
+def test_nothing_in_an_update_waits_for_the_device(behaviour: bool, gradient: str) -> None:
+    agent, batch = awake(pixel_agent(Pathwise() if gradient == "pathwise" else Reinforce())), pixel_batch()
+    agent.update(batch)  # the optimisers' states are made at the first step
+    with NoWaiting():
+        agent._learn(batch, behaviour)
+
+
+@pytest.mark.parametrize("explore", [True, False])
+def test_nothing_in_acting_waits_for_the_device(explore: bool) -> None:
+    agent = awake(pixel_agent(random_actions=0.5))
+    obs, first = torch.as_tensor(frames(3, 1)[0]), torch.tensor([True, False, False])
+    with NoWaiting():
+        agent._act(obs, first, agent.initial(3), explore)
+
+
+def test_late_looks_refuse_late_and_name_what_was_not_finite() -> None:
+    watch = Watch(torch.device("cpu"))
+    watch.ahead = 2
+    watch.look(["a", "b"], torch.tensor([1.0, torch.inf]))
+    watch.look(["a", "b"], torch.tensor([1.0, 2.0]))
+    with pytest.raises(NonFiniteLoss, match=r"^b became NaN or inf"):
+        watch.look(["a", "b"], torch.tensor([1.0, 2.0]))
+    watch.settle()
+    watch.look(["a"], torch.tensor([torch.nan]))
+    with pytest.raises(NonFiniteLoss, match=r"^a became NaN or inf"):
+        watch.settle()
+
+
+def test_a_nan_that_is_seen_late_has_changed_no_weight_and_is_not_saved() -> None:
+    """As on a GPU, where the host is ahead of what it knows."""
+    agent, batch = awake(pixel_agent()), pixel_batch()
+    agent.update(batch)
+    before = flat(agent.state_dict())
+    agent._watch.ahead = Watch.AHEAD
+    bad = batch._replace(reward=batch.reward * torch.nan)
+    agent.update(bad)
+    agent.update(bad)
+    with pytest.raises(NonFiniteLoss, match="reward_loss"):
+        agent.state_dict()
+    agent._watch = Watch(torch.device("cpu"))
+    kept = flat(agent.state_dict())
+    assert {
+        name for name in kept if not name.startswith(".scale") and not torch.equal(kept[name], before[name])
+    } == set()
+
+
+def test_what_is_not_enabled_is_called_as_it_is() -> None:
+    calls: list[Tensor] = []
+    captured = Captured(lambda x: calls.append(x) or x + 1, enabled=False)  # type: ignore[func-returns-value]
+    x = torch.ones(2)
+    for _ in range(WARM_UP + 2):
+        assert torch.equal(captured(x), x + 1)
+    assert len(calls) == WARM_UP + 2
+    assert all(seen is x for seen in calls)
+
+
+@pytest.mark.slow
+def test_compiled_updates_are_the_same_updates() -> None:
+    """In a process of its own: torch.compile cannot see through the checks of shapes that the tests run under."""
+    root = Path(__file__).parent.parent
+    program = [sys.executable, "-m", "benchmarks.same_updates", "--device", "cpu", "--compiler", "aot_eager"]
+    done = subprocess.run(program, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
