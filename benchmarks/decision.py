@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -19,7 +19,7 @@ from agents.mpc import ImaginedReturn, MPCAgent
 from agents.planner import CEM, CEMConfig
 from benchmarks.peers import Peer, stable_worldmodel_decision
 from benchmarks.stopwatch import Measurement, Results, Stopwatch
-from worldmodels.lewm import PAPER, build_world_model
+from worldmodels.lewm import PAPER, LeWorldModel, build_world_model
 
 Part = Literal["encode", "rollout", "score", "search"]
 Place = tuple[Any, str, Part]
@@ -103,40 +103,58 @@ def published_peer(device: torch.device) -> Peer:
     )
 
 
-@torch.no_grad()
-def time_published_decision(watch: Stopwatch, *, bf16: bool, peer: Peer | None = None) -> Results:
-    """One decision of the published LeWorldModel: ViT-tiny at 224×224, predictor of depth 6, CEM of 300 × 30 plans of 5
-    action blocks. Untrained weights, which take the same time. A peer is timed in turn with it."""
-    torch.manual_seed(0)
-    model = build_world_model((3, 224, 224), PUBLISHED_BLOCK * PUBLISHED_ACTIONS, PAPER).to(watch.device).eval()
-    planner = CEM(PUBLISHED)
-    frames = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, device=watch.device)
-    action = torch.zeros(1, PUBLISHED_BLOCK * PUBLISHED_ACTIONS, device=watch.device)
-    mean = torch.zeros(1, PUBLISHED_HORIZON, action.shape[1], device=watch.device)
-    first = torch.ones(1, dtype=torch.bool, device=watch.device)
+class Decision(NamedTuple):
+    """One decision of the published LeWorldModel, with untrained weights, which take the same time."""
 
+    model: LeWorldModel
+    decide: Callable[[], None]
+    note: str
+
+    @property
+    def parameters(self) -> int:
+        """Of encoder and predictor."""
+        used = ("encoder.", "predictor.")
+        return sum(p.numel() for name, p in self.model.named_parameters() if name.startswith(used))
+
+
+def published_decision(device: torch.device, *, bf16: bool) -> Decision:
+    """ViT-tiny at 224×224, predictor of depth 6, CEM of 300 × 30 plans of 5 action blocks."""
+    torch.manual_seed(0)
+    model = build_world_model((3, 224, 224), PUBLISHED_BLOCK * PUBLISHED_ACTIONS, PAPER).to(device).eval()
+    planner = CEM(PUBLISHED)
+    frames = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, device=device)
+    action = torch.zeros(1, PUBLISHED_BLOCK * PUBLISHED_ACTIONS, device=device)
+    mean = torch.zeros(1, PUBLISHED_HORIZON, action.shape[1], device=device)
+    first = torch.ones(1, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
     def decide() -> None:
-        with torch.autocast(watch.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             state = model.observe(model.initial(1), action, frames[:1], first)
             goal = model.encode(frames[1:])
             planner.plan(NearnessToGoal(model, state, goal, GoalSearchConfig()), mean, torch.ones_like(mean))
 
+    note = f"{PUBLISHED.samples}×{PUBLISHED.iterations}, H={PUBLISHED_HORIZON}, {'bf16' if bf16 else 'float32'}"
+    return Decision(model, decide, note)
+
+
+def time_published_decision(watch: Stopwatch, *, bf16: bool, peer: Peer | None = None) -> Results:
+    """The published decision, and the milliseconds of each part. A peer is timed in turn with it."""
+    decision = published_decision(watch.device, bf16=bf16)
     places: list[Place] = [
-        (model, "encode", "encode"),
-        (model, "imagine", "rollout"),
+        (decision.model, "encode", "encode"),
+        (decision.model, "imagine", "rollout"),
         (NearnessToGoal, "__call__", "score"),
     ]
-    note = f"{PUBLISHED.samples}×{PUBLISHED.iterations}, H={PUBLISHED_HORIZON}, {'bf16' if bf16 else 'float32'}"
     # It takes seconds: one call is a repeat.
     watch = Stopwatch(min(watch.repeats, 3), 1e-3, watch.device)
-    results = _timed("plan/published", decide, places, watch, note)
+    results = _timed("plan/published", decision.decide, places, watch, decision.note)
     if peer is None:
         return results
-    size = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("encoder.", "predictor.")))
-    ours, theirs = watch.in_turn([decide, peer.work])
-    sizes = f"{peer.parameters / 1e6:.1f}M parameters, ours {size / 1e6:.1f}M"
+    ours, theirs = watch.in_turn([decision.decide, peer.work])
+    sizes = f"{peer.parameters / 1e6:.1f}M parameters, ours {decision.parameters / 1e6:.1f}M"
     ratio = f"lowest of each: {theirs.low / ours.low:.2f}"  # type: ignore[operator]
-    results["plan/published"] = replace(ours, note=note)
+    results["plan/published"] = replace(ours, note=decision.note)
     results["plan/published_peer"] = replace(theirs, note=f"{peer.name}, LeWM and CEM as it ships; {sizes}")
     results["plan/published_ratio"] = Measurement(theirs.value / ours.value, "×", note=f"its time over ours; {ratio}")
     return results

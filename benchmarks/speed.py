@@ -31,6 +31,7 @@ from agents.mpc import MPCAgent
 from agents.random import RandomAgent
 from benchmarks.decision import published_peer, time_decision, time_published_decision
 from benchmarks.loop import time_loop
+from benchmarks.peer_updates import compare_peers, contests
 from benchmarks.peers import PeerUnavailable
 from benchmarks.provenance import command_line, core_count, machine, machine_line, now
 from benchmarks.reference_size import reference
@@ -52,15 +53,20 @@ class SpeedConfig:
     """Time environments, replay, updates and acting. Every flag of runners.train works too: --task, --preset, --device,
     --threads, --model.latent-dim and so on; what is timed is what a training with those flags would run."""
 
-    suite: Literal["all", "env", "replay", "update", "act", "plan", "loop", "published"] = "all"
+    suite: Literal["all", "env", "replay", "update", "act", "plan", "loop", "published", "peers"] = "all"
     """What to measure. plan is one decision of the planning agent, loop is collecting and learning together. published
-    is one decision of LeWorldModel as published, which takes a processor a minute or more; all leaves it out."""
+    is one decision of LeWorldModel as published, which takes a processor a minute or more. peers is an update at the
+    reference size, and LeWorldModel's published training step and decision, in turn with sheeprl's and
+    stable-worldmodel's, which takes a processor a quarter of an hour. all leaves both out."""
     size: Literal["preset", "reference"] = "preset"
     """Sizes of the networks and of a batch: what the flags say, or those that updates are compared at, about 12M
     parameters, 16×64 rows, 1,024 starts × 15."""
     peers: bool = False
     """Time stable-worldmodel's LeWM and CEM in turn with --suite published, and print its time over ours. Needs the
     extra `.[peers]`."""
+    peer_python: Path = Path(sys.executable)
+    """Python of the environment with the extra `.[peers]`, for --suite peers. Its pins are not ours: install them into
+    one of its own, without constraints.txt."""
     json: Path | None = None
     """Write the figures here too, with the command, the date, the machine and the whole configuration."""
     processes: int = 0
@@ -197,6 +203,11 @@ def measure_loop(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results
     return time_loop(run, watch)
 
 
+def measure_peers(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
+    """Ours beside what other packages do."""
+    return compare_peers(contests(run), options.peer_python, watch)
+
+
 SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "env": measure_env,
     "update": measure_update,
@@ -204,6 +215,7 @@ SUITES: dict[str, Callable[[Config, SpeedConfig, Stopwatch], Results]] = {
     "plan": measure_plan,
     "loop": measure_loop,
     "published": measure_published,
+    "peers": measure_peers,
     "replay": measure_replay,
 }
 """In the order of measuring: the copy of the replay comes last, or it would count among the updates' memory."""
@@ -215,7 +227,7 @@ def measure(run: Config, options: SpeedConfig, watch: Stopwatch, said: Callable[
     Raises one of ``runners.train.USER_ERRORS``.
     """
     results: Results = {}
-    everything = [name for name in SUITES if name != "published"]
+    everything = [name for name in SUITES if name not in ("published", "peers")]
     for name in everything if options.suite == "all" else [options.suite]:
         said(f"measuring {name} …")
         results |= SUITES[name](run, options, watch)
@@ -329,7 +341,7 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         run = parse_args(others)
-        if options.size == "reference":
+        if options.size == "reference" or options.suite == "peers":
             run = reference(run)
         check(run)
         _check_options(options)

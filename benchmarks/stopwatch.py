@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -25,6 +25,30 @@ class Measurement:
 
 
 Results = dict[str, Measurement]
+
+
+class Cost(NamedTuple):
+    """What some calls took."""
+
+    wall_s: float
+    cpu_s: float
+    """Of all threads of the process: what else the machine does hardly changes it."""
+
+
+def cost_of(work: Callable[[], Any], calls: int, device: torch.device) -> Cost:
+    """Of that many calls, the device waited for."""
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        work()
+    _wait(device)
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Stopwatch:
@@ -69,16 +93,7 @@ class Stopwatch:
         return [Measurement(median(each), "ms", min(each), max(each)) for each in zip(*times, strict=True)]
 
     def _time(self, work: Callable[[], Any], calls: int) -> float:
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return cost_of(work, calls, self.device).wall_s
 
 
 def as_table(results: Results, title: str) -> Table:

@@ -126,20 +126,9 @@ class Pretraining:
             NonFiniteLoss: before any weight was changed.
         """
         config, batch = self.config, self.train.sample(self.config.batch, self.generator)
-        self.model.train()
-        self.optimiser.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, _, metrics = self.model.loss(batch)
-        loss.backward()
-        metrics |= {"loss": loss.detach(), "grad_norm": nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)}
-        if not torch.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            raise NonFiniteLoss(
-                f"the loss became NaN or inf at update {self.updates}, before the weights were changed; the last "
-                "checkpoint is good. Lower --lr"
-            )
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr * schedule(self.updates, config.updates, config.final_lr)
-        self.optimiser.step()
+        metrics = gradient_step(self.model, self.optimiser, batch, clip=config.clip, bf16=self.agent.bf16)
         self.updates += 1
         return metrics
 
@@ -228,6 +217,29 @@ def summary(measured: dict[str, float]) -> str:
         for k in sorted({1, furthest})
     ]
     return ", ".join([*parts, f"effective rank {measured['monitor/effective_rank']:.1f}"])
+
+
+def gradient_step(
+    model: LeWorldModel, optimiser: torch.optim.Optimizer, batch: Batch, *, clip: float, bf16: bool
+) -> dict[str, Tensor]:
+    """One step on the model's loss, its gradient's norm at most ``clip``; the loss's terms. ``bf16`` runs the networks
+    in bfloat16 autocast.
+
+    Raises:
+        NonFiniteLoss: before any weight was changed.
+    """
+    model.train()
+    optimiser.zero_grad(set_to_none=True)
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=bf16):
+        loss, _, metrics = model.loss(batch)
+    loss.backward()
+    metrics |= {"loss": loss.detach(), "grad_norm": nn.utils.clip_grad_norm_(model.parameters(), clip)}
+    if not torch.isfinite(metrics["loss"] + metrics["grad_norm"]):
+        raise NonFiniteLoss(
+            "the loss became NaN or inf, before the weights were changed; the last checkpoint is good. Lower --lr"
+        )
+    optimiser.step()
+    return metrics
 
 
 def schedule(update: int, updates: int, final: float) -> float:
