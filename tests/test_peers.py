@@ -27,7 +27,7 @@ from benchmarks.peer_updates import (
 from benchmarks.peers import PeerUnavailable
 from benchmarks.reference_size import reference
 from benchmarks.stopwatch import Cost, Stopwatch, cost_of
-from runners.config import check_numbers
+from runners.checks import check_numbers
 from worldmodels.lewm import PAPER
 
 CPU = torch.device("cpu")
