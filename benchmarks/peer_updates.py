@@ -58,7 +58,7 @@ class Contest:
 
 def compare_peers(contests: Mapping[str, Contest], python: Path, watch: Stopwatch) -> Results:
     """Milliseconds and CPU milliseconds of ours and of each peer, and its over ours, for every contest. Peers run by
-    ``python``, with as many threads. One that cannot be used is said on stderr and left out.
+    ``python``, with as many threads. Each is named; one that cannot be used is said on stderr and left out.
 
     Raises:
         ConfigError: none can be used.
@@ -83,9 +83,12 @@ def _start(
     for name, task in contest.peers.items():
         task = replace(task, device=device.type, threads=torch.get_num_threads(), bf16=computes_bf16(device))
         try:
-            yield name, running.enter_context(PeerProcess(python, task))
+            peer = running.enter_context(PeerProcess(python, task))
         except PeerUnavailable as error:
             print(error, file=sys.stderr)
+            continue
+        print(f"beside {peer.name}: {peer.parameters / 1e6:.1f}M parameters", flush=True)
+        yield name, peer
 
 
 def _compare(name: str, contest: Contest, peers: Mapping[str, PeerProcess], watch: Stopwatch) -> Results:
@@ -135,11 +138,7 @@ def ratios(key: str, ours: list[Cost], theirs: list[Cost]) -> Results:
     """A peer's time over ours in each round."""
     wall = [their.wall_s / our.wall_s for our, their in zip(ours, theirs, strict=True)]
     cpu = [their.cpu_s / our.cpu_s for our, their in zip(ours, theirs, strict=True)]
-    note = "its {} over ours, each round's by itself"
-    return {
-        f"{key}_ratio": _median(wall, "×", note.format("time")),
-        f"{key}_cpu_ratio": _median(cpu, "×", note.format("CPU time")),
-    }
+    return {f"{key}_ratio": _median(wall, "×"), f"{key}_cpu_ratio": _median(cpu, "×")}
 
 
 def _median(values: list[float], unit: str, note: str = "") -> Measurement:
@@ -200,7 +199,16 @@ def random_batch(batch: int, length: int, size: int, actions: int, device: torch
 
 
 def contests(run: Config) -> dict[str, Contest]:
-    """An update of this size, LeWorldModel's training step at its published sizes, and its decision."""
+    """An update of this size, LeWorldModel's training step at its published sizes, and its decision.
+
+    Raises:
+        ConfigError: the update is not one that the peers have.
+    """
+    if (run.agent, run.env.obs, run.env.size) != ("dreamer", "pixels", 64):
+        raise ConfigError(
+            f"--suite peers compares --agent dreamer on 64×64 pixels, not {run.agent} on {run.env.obs} of size "
+            f"{run.env.size}; leave these flags out"
+        )
     paper = pretrain_presets()["paper"]
     of_run = PeerTask(
         "dreamer_v3_XS",
@@ -213,13 +221,11 @@ def contests(run: Config) -> dict[str, Contest]:
         "lewm_update", batch=LEWM_BATCH, length=paper.length, actions=PUBLISHED_BLOCK * PUBLISHED_ACTIONS
     )
     sheeprl = {
-        "sheeprl_xs": of_run,
-        "sheeprl_nature_12m": replace(of_run, work="dreamer_v3_5_12M"),
+        "xs": of_run,
+        "nature_12m": replace(of_run, work="dreamer_v3_5_12M"),
     }
     return {
         "update": Contest(lambda device, bf16: our_update(run, device, bf16), sheeprl),
-        "lewm_update": Contest(
-            lambda device, bf16: our_lewm_update(LEWM_BATCH, device, bf16), {"stable_worldmodel": of_lewm}
-        ),
-        "lewm_decision": Contest(our_decision, {"stable_worldmodel": replace(of_lewm, work="lewm_decision")}),
+        "lewm": Contest(lambda device, bf16: our_lewm_update(LEWM_BATCH, device, bf16), {"swm": of_lewm}),
+        "decision": Contest(our_decision, {"swm": replace(of_lewm, work="lewm_decision")}),
     }
