@@ -18,11 +18,11 @@ from agents.dreamer import DreamerAgent, computes_bf16
 from benchmarks.decision import PUBLISHED_ACTIONS, PUBLISHED_BLOCK, published_decision
 from benchmarks.peer_process import PeerProcess, PeerTask
 from benchmarks.peers import PeerUnavailable
+from benchmarks.reference_size import random_batch
 from benchmarks.stopwatch import Cost, Measurement, Results, Stopwatch, cost_of
 from runners.config import Config, ConfigError, build_agent
 from runners.pretrain import gradient_step
 from runners.pretrain_config import presets as pretrain_presets
-from worldmodels.interface import Batch
 from worldmodels.lewm import build_world_model
 
 ROUNDS = 3
@@ -183,19 +183,6 @@ def our_decision(device: torch.device, bf16: bool) -> Ours:
     """A decision of LeWorldModel as published."""
     decision = published_decision(device, bf16=bf16)
     return Ours(decision.decide, decision.parameters, decision.note)
-
-
-def random_batch(batch: int, length: int, size: int, actions: int, device: torch.device) -> Batch:
-    """Random rows (B,T) from within episodes."""
-    never = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    return Batch(
-        obs=torch.randint(0, 256, (batch, length, 3, size, size), dtype=torch.uint8, device=device),
-        action=2 * torch.rand(batch, length, actions, device=device) - 1,
-        reward=torch.rand(batch, length, device=device),
-        is_first=never,
-        is_last=never.clone(),
-        is_terminal=never.clone(),
-    )
 
 
 def contests(run: Config) -> dict[str, Contest]:

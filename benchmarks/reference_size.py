@@ -1,12 +1,15 @@
-"""The size at which updates are compared, between ways of running them and with other packages."""
+"""The size at which updates are compared, between ways of running them and with other packages, and rows to learn."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from agents.actor_critic import CriticConfig, PolicyConfig
 from runners.config import Config, presets
 from worldmodels.encoder import KeypointConfig
+from worldmodels.interface import Batch
 from worldmodels.predictor import WindowConfig
 
 
@@ -36,4 +39,17 @@ def reference(config: Config | None = None) -> Config:
             precision=config.dreamer.precision,
         ),
         loop=replace(cuda.loop, train_ratio=config.loop.train_ratio),
+    )
+
+
+def random_batch(batch: int, length: int, size: int, actions: int, device: torch.device) -> Batch:
+    """Random rows (B,T) from within episodes."""
+    never = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    return Batch(
+        obs=torch.randint(0, 256, (batch, length, 3, size, size), dtype=torch.uint8, device=device),
+        action=2 * torch.rand(batch, length, actions, device=device) - 1,
+        reward=torch.rand(batch, length, device=device),
+        is_first=never,
+        is_last=never.clone(),
+        is_terminal=never.clone(),
     )

@@ -20,9 +20,9 @@ from torch import Tensor
 from agents import dreamer
 from agents.actor_critic import CriticConfig, PolicyConfig
 from agents.dreamer import Compilation, DreamerAgent
+from benchmarks.reference_size import random_batch
 from runners.config import Config, build_agent, presets, resolve_device
 from worldmodels.encoder import KeypointConfig
-from worldmodels.interface import Batch
 from worldmodels.predictor import WindowConfig
 
 UPDATES = 12
@@ -60,11 +60,7 @@ def learned(config: Config, device: torch.device) -> tuple[list[dict[str, float]
     torch.manual_seed(0)
     agent = build_agent(config, frames, actions, device)
     assert isinstance(agent, DreamerAgent)
-    rows = config.loop.batch, config.loop.length
-    never = torch.zeros(rows, dtype=torch.bool)
-    pixels = torch.randint(0, 256, (*rows, 3, 32, 32), dtype=torch.uint8)
-    on_host = Batch(pixels, 2 * torch.rand(*rows, 2) - 1, torch.randn(rows), never, never.clone(), never.clone())
-    batch = Batch(*(x.to(device) for x in on_host))
+    batch = random_batch(config.loop.batch, config.loop.length, 32, 2, device)
     agent.start(batch.obs.flatten(0, 1))
     figures = []
     for k in range(UPDATES):

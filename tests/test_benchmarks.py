@@ -29,14 +29,13 @@ from benchmarks.decision import PARTS as DECISION_PARTS
 from benchmarks.decision import PartClock, published_peer
 from benchmarks.peers import PeerUnavailable
 from benchmarks.plot import mean_curve, read_references
-from benchmarks.reference_size import reference
+from benchmarks.reference_size import random_batch, reference
 from benchmarks.run import parse as grid_of
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.update_cost import count_flop
 from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
 from runners.config import Config, build_agent, parse_args, presets, to_json
-from worldmodels.interface import Batch
 
 HEADER = "task,agent,seed,env_steps,wall_s,mean_return,std,min,max,episodes,render,action_repeat,preset"
 
@@ -400,7 +399,7 @@ def test_each_operator_is_charged_to_its_part_and_its_backward_step_too() -> Non
 def test_measuring_the_parts_of_an_update_is_the_update_itself() -> None:
     config = parse_args([*SMALL, "--dreamer.behaviour-every", "3"])
     observations, actions = gym.spaces.Box(0, 255, (3, 16, 16), np.uint8), gym.spaces.Box(-1, 1, (2,), np.float32)
-    batch = random_rows(4, 8)
+    batch = random_batch(4, 8, 16, 2, torch.device("cpu"))
 
     def learn(updates: Callable[[DreamerAgent], Any]) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
@@ -429,7 +428,7 @@ def test_the_arithmetic_is_that_of_the_rows_and_starts() -> None:
         dreamer = dataclasses.replace(config.dreamer, starts=4 * times)
         agent = build_agent(dataclasses.replace(config, dreamer=dreamer), frames, actions, torch.device("cpu"))
         assert isinstance(agent, DreamerAgent)
-        return count_flop(agent, random_rows(2 * times, 8))
+        return count_flop(agent, random_batch(2 * times, 8, 16, 2, torch.device("cpu")))
 
     once, twice, thrice = (count(times, 1) for times in (1, 2, 3))
     assert thrice - twice == twice - once, "what does not grow with the rows is constant: SIGReg's knots"
@@ -437,12 +436,6 @@ def test_the_arithmetic_is_that_of_the_rows_and_starts() -> None:
     assert 2 * once - twice < 0.01 * once
     assert once > 2 * stem, "more than the stem alone, forward and the gradient of its weights"
     assert count(1, 2) == once, "with the halves of an update in two threads, too"
-
-
-def random_rows(batch: int, rows: int) -> Batch:
-    never = torch.zeros(batch, rows, dtype=torch.bool)
-    pixels = torch.randint(0, 256, (batch, rows, 3, 16, 16), dtype=torch.uint8)
-    return Batch(pixels, torch.rand(batch, rows, 2), torch.rand(batch, rows), never, never, never)
 
 
 SMALL = ["--preset", "cpu", "--device", "cpu", "--threads", "1", "--env.size", "16", "--loop.batch", "4"]
