@@ -37,6 +37,14 @@ def test_bad_sizes_are_refused() -> None:
         ViTEncoder((3, 10, 8), 10, SMALL)
     with pytest.raises(ValueError, match="not a multiple of its 5 heads"):
         ViTEncoder((3, 8, 8), 10, ViTConfig(patch=4, width=24, heads=5))
+    with pytest.raises(ValueError, match="a depth of at least 1 block, got 0"):
+        ViTEncoder((3, 8, 8), 10, ViTConfig(patch=4, width=24, heads=3, depth=0))
+
+
+def test_a_block_that_is_asked_for_some_tokens_gives_them_as_if_for_all() -> None:
+    block, tokens = ViTEncoder((3, 8, 8), 10, SMALL).blocks[-1], torch.randn(2, 5, 24)
+    for wanted in (1, 3, 5):
+        torch.testing.assert_close(block(tokens, wanted=wanted), block(tokens)[:, :wanted])
 
 
 def test_patches_are_cut_as_a_strided_convolution_would() -> None:

@@ -34,7 +34,7 @@ class ViTEncoder(nn.Module):
     """Pixels (N,C,H,W) float, normalised → latent (N,D): the [CLS] token through a :class:`BatchNormProjector`.
 
     ``obs_shape`` is (C, H, W). Raises ValueError where the image is not made of whole patches, or the width of whole
-    heads.
+    heads, or where there is no block.
     """
 
     def __init__(self, obs_shape: tuple[int, int, int], dim: int, config: ViTConfig) -> None:
@@ -47,6 +47,8 @@ class ViTEncoder(nn.Module):
             )
         if config.width % config.heads:
             raise ValueError(f"the ViT's width {config.width} is not a multiple of its {config.heads} heads")
+        if config.depth < 1:
+            raise ValueError(f"the ViT needs a depth of at least 1 block, got {config.depth}")
         self.patch = config.patch
         patches = (height // config.patch) * (width // config.patch)
         self.embed = nn.Linear(channels * config.patch**2, config.width)
@@ -68,7 +70,10 @@ class ViTEncoder(nn.Module):
         p = self.patch
         patches = x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
         tokens = torch.cat([self.cls.expand(n, 1, -1), self.embed(patches)], 1) + self.position
-        return self.project(self.norm(self.blocks(tokens)[:, 0]))
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)
+        # Of the last block only [CLS] is read: most of its work for the others would be thrown away.
+        return self.project(self.norm(self.blocks[-1](tokens, wanted=1)[:, 0]))
 
 
 class _Block(nn.Module):
@@ -83,9 +88,10 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(nn.Linear(config.width, config.mlp), nn.GELU(), nn.Linear(config.mlp, config.width))
 
-    def forward(self, x: Float[Tensor, "N L W"]) -> Float[Tensor, "N L W"]:
+    def forward(self, x: Float[Tensor, "N L W"], wanted: int | None = None) -> Float[Tensor, "N M W"]:
+        """The first ``wanted`` tokens of what leaves the block, or all."""
         n, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(attended.transpose(1, 2).reshape(n, length, width))
+        attended = F.scaled_dot_product_attention(q[:, :, :wanted], k, v)
+        x = x[:, :wanted] + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
