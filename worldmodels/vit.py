@@ -90,7 +90,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "N L W"], wanted: int | None = None) -> Float[Tensor, "N M W"]:
         """The first ``wanted`` tokens of what leaves the block, or all."""
-        n, length, width = x.shape
+        n, length, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q[:, :, :wanted], k, v)
         x = x[:, :wanted] + self.out(attended.transpose(1, 2).flatten(2))
