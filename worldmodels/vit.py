@@ -70,8 +70,7 @@ class ViTEncoder(nn.Module):
         p = self.patch
         patches = x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
         tokens = torch.cat([self.cls.expand(n, 1, -1), self.embed(patches)], 1) + self.position
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
+        tokens = self.blocks[:-1](tokens)
         # Of the last block only [CLS] is read: most of its work for the others would be thrown away.
         return self.project(self.norm(self.blocks[-1](tokens, wanted=1)[:, 0]))
 
