@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import platform
+from contextlib import suppress
 
 INSTALL_OPENGL = "apt-get install libegl1 libgles2 libosmesa6"
 
@@ -39,9 +41,10 @@ def choose_backend() -> str:
 
     A value that the user set is kept if it can be used. ``disabled`` stands for no OpenGL: simulation and state
     observations still work, and the first picture raises :class:`NoOpenGL`, where importing dm_control with a
-    driver missing would have failed with PyOpenGL's AttributeError. Takes about 20 ms.
+    driver missing would have failed with PyOpenGL's AttributeError. Takes about 20 ms, and what Triton takes.
     """
     global _refused
+    _load_triton()
     asked = os.environ.get("MUJOCO_GL", "").strip().lower()
     chosen = asked or ("egl" if _has_egl() else "osmesa" if _has_osmesa() else "disabled")
     if platform.system() != "Linux":
@@ -55,6 +58,14 @@ def choose_backend() -> str:
     if chosen in ("egl", "osmesa"):
         os.environ.setdefault("PYOPENGL_PLATFORM", chosen)
     return chosen
+
+
+def _load_triton() -> None:
+    """Triton, which PyTorch's CUDA build for Linux brings, has an LLVM of its own. Loaded after Mesa's OpenGL with
+    another LLVM it crashes the process, at an optimiser's first step for instance; before it, both work."""
+    if platform.system() == "Linux":
+        with suppress(ImportError, OSError):
+            importlib.import_module("triton")
 
 
 def _has_osmesa() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -176,3 +177,28 @@ def test_machine_without_a_driver_can_still_simulate() -> None:
     answer = run("-c", code, MUJOCO_GL="egl", **NO_EGL)
     assert answer.stdout == "(24,)\n"
     assert "NoOpenGL: No picture can be rendered: MUJOCO_GL=egl is set" in answer.stderr.splitlines()[-1]
+
+
+TRITON = """
+maps = open("/proc/self/maps").read()
+assert "libEGL" not in maps and "libLLVM" not in maps, "Mesa came first"
+print("triton was loaded")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is Linux's")
+@pytest.mark.parametrize("broken", [False, True])
+def test_triton_is_loaded_before_opengl(broken: bool, tmp_path: Path) -> None:
+    """The other way round, the real one crashes the process. One that cannot be imported is nobody's trouble."""
+    (tmp_path / "triton.py").write_text(TRITON + broken * "raise ImportError('built for another Python')")
+    program = "import envs; print(envs.make_env('dmc/cartpole-swingup').reset()[0].shape)"
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == ["triton was loaded", "(3, 64, 64)"]
