@@ -66,6 +66,7 @@ class Row:
     min: float
     max: float
     episodes: int
+    obs: str
     render: str
     action_repeat: int
     preset: str
@@ -122,6 +123,7 @@ def _row(config: Config, repeat: int, evaluation: dict[str, Any]) -> Row:
         min=round(float(returns.min()), 2),
         max=round(float(returns.max()), 2),
         episodes=len(returns),
+        obs=config.env.obs,
         render=config.env.render,
         action_repeat=repeat,
         preset=config.preset,
