@@ -53,6 +53,8 @@ class CurvesConfig:
 class Row:
     """One evaluation: a row of the table. Returns are undiscounted; NaN where an episode's return was not finite."""
 
+    run: str
+    """Its folder's name, under which the JSON has its settings."""
     task: str
     agent: str
     seed: int
@@ -66,7 +68,6 @@ class Row:
     min: float
     max: float
     episodes: int
-    obs: str
     render: str
     action_repeat: int
     preset: str
@@ -103,16 +104,18 @@ def read_run(path: Path) -> Curve:
     if not evaluations:
         raise CurvesError(f"{path} has no evaluation in evals.jsonl yet; let it reach its first one or leave it out")
     try:
-        return Curve(path.resolve().name, config, [_row(config, repeat, one) for one in evaluations])
+        name = path.resolve().name
+        return Curve(name, config, [_row(name, config, repeat, one) for one in evaluations])
     except (KeyError, TypeError, ValueError) as error:
         raise CurvesError(f"{path / 'evals.jsonl'} has a row that is no evaluation: {error!r}") from error
 
 
-def _row(config: Config, repeat: int, evaluation: dict[str, Any]) -> Row:
+def _row(run: str, config: Config, repeat: int, evaluation: dict[str, Any]) -> Row:
     returns = np.array([math.nan if value is None else float(value) for value in evaluation["returns"]])
     if not len(returns):
         raise ValueError("no returns")
     return Row(
+        run=run,
         task=config.task,
         agent=config.agent,
         seed=config.seed,
@@ -123,7 +126,6 @@ def _row(config: Config, repeat: int, evaluation: dict[str, Any]) -> Row:
         min=round(float(returns.min()), 2),
         max=round(float(returns.max()), 2),
         episodes=len(returns),
-        obs=config.env.obs,
         render=config.env.render,
         action_repeat=repeat,
         preset=config.preset,

@@ -37,7 +37,7 @@ from benchmarks.update_parts import PARTS, charge, time_parts
 from envs import EnvConfig
 from runners.config import Config, build_agent, parse_args, presets, to_json
 
-HEADER = "task,agent,seed,env_steps,wall_s,mean_return,std,min,max,episodes,obs,render,action_repeat,preset"
+HEADER = "run,task,agent,seed,env_steps,wall_s,mean_return,std,min,max,episodes,render,action_repeat,preset"
 
 
 def evaluation(env_steps: int, returns: list[float | None], wall_s: float) -> dict[str, Any]:
@@ -72,16 +72,16 @@ def run_curves(*args: Any) -> int:
 
 def test_every_evaluation_is_a_row_with_the_statistics_of_its_episodes(tmp_path: Path) -> None:
     walker = new_config(
-        task="dmc/walker-walk", agent="random", seed=4, env=EnvConfig(obs="state", render="canonical", action_repeat=1)
+        task="dmc/walker-walk", agent="random", seed=4, env=EnvConfig(render="canonical", action_repeat=1)
     )
     second = new_run(tmp_path / "b", [evaluation(4000, [7.125], 3600.04)], walker)
     first = new_run(tmp_path / "a", [evaluation(1000, [1, 2, 3, 6], 60), evaluation(2000, [-2.5, 0.5], 120.55)])
     assert run_curves(second, first, "--out", tmp_path / "results" / "small-1.0") == 0
     assert (tmp_path / "results" / "small-1.0.csv").read_text().splitlines() == [
         HEADER,
-        "dmc/cartpole-swingup,dreamer,1,1000,60.0,3.0,1.87,1.0,6.0,4,pixels,fast,8,cpu",
-        "dmc/cartpole-swingup,dreamer,1,2000,120.5,-1.0,1.5,-2.5,0.5,2,pixels,fast,8,cpu",
-        "dmc/walker-walk,random,4,4000,3600.0,7.12,0.0,7.12,7.12,1,state,canonical,1,cpu",
+        "a,dmc/cartpole-swingup,dreamer,1,1000,60.0,3.0,1.87,1.0,6.0,4,fast,8,cpu",
+        "a,dmc/cartpole-swingup,dreamer,1,2000,120.5,-1.0,1.5,-2.5,0.5,2,fast,8,cpu",
+        "b,dmc/walker-walk,random,4,4000,3600.0,7.12,0.0,7.12,7.12,1,canonical,1,cpu",
     ]
 
 
