@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -53,8 +54,6 @@ class CurvesConfig:
 class Row:
     """One evaluation: a row of the table. Returns are undiscounted; NaN where an episode's return was not finite."""
 
-    run: str
-    """Its folder's name, under which the JSON has its settings."""
     task: str
     agent: str
     seed: int
@@ -81,9 +80,16 @@ class CurvesError(ValueError):
 class Curve:
     """One run: its configuration and its evaluations, oldest first."""
 
-    name: str
+    path: Path
+    """The run's folder, absolute."""
     config: Config
     rows: list[Row]
+
+
+def names(curves: Sequence[Curve]) -> list[str]:
+    """What to call each run: its folder, below the last one that all of them share."""
+    shared = os.path.commonpath([curve.path.parent for curve in curves])
+    return [curve.path.relative_to(shared).as_posix() for curve in curves]
 
 
 def read_run(path: Path) -> Curve:
@@ -104,18 +110,16 @@ def read_run(path: Path) -> Curve:
     if not evaluations:
         raise CurvesError(f"{path} has no evaluation in evals.jsonl yet; let it reach its first one or leave it out")
     try:
-        name = path.resolve().name
-        return Curve(name, config, [_row(name, config, repeat, one) for one in evaluations])
+        return Curve(path.resolve(), config, [_row(config, repeat, one) for one in evaluations])
     except (KeyError, TypeError, ValueError) as error:
         raise CurvesError(f"{path / 'evals.jsonl'} has a row that is no evaluation: {error!r}") from error
 
 
-def _row(run: str, config: Config, repeat: int, evaluation: dict[str, Any]) -> Row:
+def _row(config: Config, repeat: int, evaluation: dict[str, Any]) -> Row:
     returns = np.array([math.nan if value is None else float(value) for value in evaluation["returns"]])
     if not len(returns):
         raise ValueError("no returns")
     return Row(
-        run=run,
         task=config.task,
         agent=config.agent,
         seed=config.seed,
@@ -182,7 +186,7 @@ def provenance(curves: Sequence[Curve], options: CurvesConfig, command: str) -> 
         "software": software(),
         "runs": [
             {
-                "run": curve.name,
+                "run": name,
                 "command": training_command(curve.config),
                 "differs_from_preset": differences(_base(curve.config), curve.config),
                 "env_steps": curve.rows[-1].env_steps,
@@ -190,7 +194,7 @@ def provenance(curves: Sequence[Curve], options: CurvesConfig, command: str) -> 
                 "evaluations": len(curve.rows),
                 "mean_of_last_three": _mean_of_last_three(curve),
             }
-            for curve in curves
+            for name, curve in zip(names(curves), curves, strict=True)
         ],
     }
 
@@ -239,11 +243,13 @@ def _subtitle(curves: Sequence[Curve]) -> str:
 
 
 def write_csv(path: Path, curves: Sequence[Curve]) -> None:
-    """One row for each evaluation, run after run."""
+    """One row for each evaluation, run after run, with the run's name, under which the JSON has its settings."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        columns = ["run", *(field.name for field in dataclasses.fields(Row))]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for curve in curves for row in curve.rows)
+        for name, curve in zip(names(curves), curves, strict=True):
+            writer.writerows({"run": name} | asdict(row) for row in curve.rows)
 
 
 def gather(options: CurvesConfig, command: str) -> list[Path]:

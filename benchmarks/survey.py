@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.curves import Curve, CurvesError, kind, read_run
+from benchmarks.curves import Curve, CurvesError, kind, names, read_run
 from benchmarks.grid import Cell, Grid, GridError, read_grid
 from runners.config import AgentName, Config
 
@@ -182,7 +182,8 @@ def _by_key(curves: Sequence[Curve], labels: Mapping[Curve, str]) -> tuple[dict[
         key = Cell(curve.config.task, labels[curve], curve.config.seed)
         if key in runs:
             first, second = sorted((runs[key], curve), key=lambda one: -one.rows[-1].env_steps)
-            notes.append(f"There are two runs of {in_words(key)}; {first.name} counts, {second.name} does not.")
+            counts, other = names([first, second])
+            notes.append(f"There are two runs of {in_words(key)}; {counts} counts, {other} does not.")
             curve = first
         runs[key] = curve
     return runs, notes

@@ -57,7 +57,7 @@ def longer_horizon() -> tuple[DreamerConfig, str]:
 
 def new_run(path: Path, evaluations: list[dict[str, Any]], config: Config | None = None) -> Path:
     """The folder of a run, as far as curves are read from it."""
-    path.mkdir()
+    path.mkdir(parents=True)
     (path / "config.json").write_text(to_json(config or new_config()))
     (path / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations))
     return path
@@ -107,6 +107,16 @@ def test_the_json_says_where_the_figures_come_from(tmp_path: Path) -> None:
         "evaluations": 4,
         "mean_of_last_three": 3000.0,
     }
+
+
+def test_runs_of_a_grid_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    places = ("dreamer/seed-1", "dreamer/seed-2", "mpc/seed-1")
+    runs = [new_run(tmp_path / "runs" / place, [evaluation(1, [1.0], 1)]) for place in places]
+    for chosen, named in ((runs, places), (runs[:2], ("seed-1", "seed-2"))):
+        assert run_curves(*chosen, "--out", tmp_path / "some") == 0
+        content = json.loads((tmp_path / "some.json").read_text())
+        rows = csv.DictReader((tmp_path / "some.csv").read_text().splitlines())
+        assert tuple(run["run"] for run in content["runs"]) == tuple(row["run"] for row in rows) == named
 
 
 def test_the_machine_is_this_one_unless_said(tmp_path: Path) -> None:
