@@ -2,8 +2,7 @@
 
 It is what dm_control's ``physics.get_state`` gives: generalised positions, velocities and, where there are any,
 actuator activations. A task may also draw its target anew for each episode (dm_control's reacher moves a geom of the
-model); that belongs to the episode and not to the state, so an environment is put back into a recorded moment by
-resetting it to the episode (``envs.wrappers.Episodes``) and then calling :func:`set_physical_state`.
+model); that belongs to the episode and not to the state, so :func:`put_back` takes both.
 """
 
 from __future__ import annotations
@@ -84,6 +83,13 @@ def set_physical_state(env: gym.Env, state: Float64[np.ndarray, " S"]) -> None:
         raise ValueError("the physical state has NaN or inf in it")
     data.qpos[:], data.qvel[:], data.act[:] = np.split(state, [model.nq, model.nq + model.nv])
     mujoco.mj_forward(model, data)
+
+
+def put_back(env: gym.Env, seed: int, episode: int, state: Float64[np.ndarray, " S"]) -> None:
+    """Reset ``env`` to an episode of that seed (``envs.wrappers.Episodes``), with all that it drew, and put its
+    simulation into ``state``. Raises what :func:`set_physical_state` raises."""
+    env.reset(seed=seed, options={"episode": episode})
+    set_physical_state(env, state)
 
 
 def physical_names(env: gym.Env) -> list[str]:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from envs.physics import set_physical_state
 from runners.recordings import Recordings, at_rows
 from worldmodels.interface import State, WorldModel
 
@@ -113,9 +112,7 @@ def real_rewards(
     env: gym.Env, recordings: Recordings, row: int, action: Float[np.ndarray, " A"]
 ) -> Float[np.ndarray, " H"]:
     """The simulator's rewards from the state of this row, summed over 1..H steps; none after an end."""
-    assert recordings.physical is not None
-    env.reset(seed=recordings.seed, options={"episode": int(recordings.episode[row])})
-    set_physical_state(env, recordings.physical[row])
+    recordings.restore(env, row)
     rewards = np.zeros(STEPS)
     for step in range(STEPS):
         _, rewards[step], terminated, truncated, _ = env.step(action)

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from envs.physics import set_physical_state
+from envs.physics import put_back
 from runners.dataset_folder import About, DatasetError
 from runners.replay import Replay
 from worldmodels.interface import Batch
@@ -88,8 +88,7 @@ class Dataset:
         if not 0 <= row < len(self.physics):
             raise IndexError(f"{self.path} has rows 0 to {len(self.physics) - 1}, not {row}")
         seed, number = self.about.starts[int(np.searchsorted(self.spans[:, 1], row, side="right")) - 1]
-        env.reset(seed=seed, options={"episode": number})
-        set_physical_state(env, self.physics[row])
+        put_back(env, seed, number, self.physics[row])
 
 
 class Windows:

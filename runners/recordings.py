@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from agents.interface import Agent
-from envs.physics import physical_state
+from envs.physics import physical_state, put_back
 from worldmodels.interface import Batch, State
 from worldmodels.lewm import LeWorldModel
 
@@ -54,6 +54,11 @@ class Recordings(NamedTuple):
         if among is not None:
             found &= np.isin(self.episode, among)
         return np.flatnonzero(found)
+
+    def restore(self, env: gym.Env, row: int) -> None:
+        """Put ``env``, made with the recorded task and settings, where the episode stood at ``row``."""
+        assert self.physical is not None
+        put_back(env, self.seed, int(self.episode[row]), self.physical[row])
 
     def batch(self, rows: Int64[np.ndarray, " N"], length: int) -> Batch:
         """The sequences that begin at ``rows``, each within one episode."""

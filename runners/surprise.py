@@ -174,13 +174,11 @@ def simulate(
     edit: Callable[[gym.Env], AbstractContextManager[None]],
 ) -> Clips:
     """The simulation goes on from each start with the recorded actions, after the edit and under it."""
-    assert recordings.physical is not None
     action = actions_ahead(recordings, starts, AFTER).numpy()
     obs = np.empty((len(starts), AFTER, *recordings.obs.shape[1:]), recordings.obs.dtype)
     alive = np.ones((len(starts), AFTER), bool)
     for i, row in enumerate(starts):
-        env.reset(seed=recordings.seed, options={"episode": int(recordings.episode[row])})
-        set_physical_state(env, recordings.physical[row])
+        recordings.restore(env, row)
         over = False
         with edit(env):
             for step in range(AFTER):

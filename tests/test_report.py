@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from benchmarks.curves import Curve, read_run
 from benchmarks.grid import Cell
 from benchmarks.plot import COLOURS
 from benchmarks.report_data import count
-from benchmarks.statistics import Block, aggregate, band, complete_block, mean_interval, score_at
+from benchmarks.statistics import Block, aggregate, band, budgets, complete_block, mean_interval, score_at, scores_at
 from benchmarks.survey import survey
 from envs import EnvConfig
 from runners.config import Config, presets, to_json
@@ -212,6 +213,19 @@ def test_only_what_is_complete_is_aggregated_and_the_rest_is_named(tmp_path: Pat
         "random: no score on reacher-easy",
         "mpc, seed 2: not every task has a score",
     ]
+
+
+@pytest.mark.parametrize(("last", "at"), [(18_000, [18_016, 50_000, 100_000]), (50_000, [50_000, 100_000])])
+def test_unfinished_runs_have_scores_as_far_as_every_one_has_come(last: int, at: list[int], tmp_path: Path) -> None:
+    agents = ["mpc", "random"]
+    grid = new_grid(tmp_path / "grid", [CARTPOLE, REACHER], agents, [1, 2])
+    for task, agent, seed in itertools.product((CARTPOLE, REACHER), agents, (1, 2)):
+        further = [(last + 12_000, 900.0)] if (agent, seed) == ("mpc", 1) else []
+        run_of(grid, task, agent, seed, [(10_000, 50.0), (last + 16 * seed, 100.0 * seed), *further])
+    found = survey([grid])
+    assert budgets(found) == at
+    assert complete_block(found, at[0]).seeds == {"mpc": [1, 2], "random": [1, 2]}
+    assert scores_at(found, at[0])[CARTPOLE, "mpc"] == {1: 100.0, 2: 200.0}
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------

@@ -393,18 +393,20 @@ class LeWorldModel(WorldModel):
 
     @torch.no_grad()
     def monitors(self, batch: Batch) -> dict[str, float]:
-        """Collapse monitors on one batch: effective rank and variance of z, the SIGReg statistic, and the k-step
-        open-loop error relative to the latent's variance, beside the copy-last baseline."""
+        """Collapse monitors on one batch: effective rank and variance of z, the SIGReg statistic (along the same
+        directions every time), and the k-step open-loop error relative to the latent's variance, beside the copy-last
+        baseline."""
         b, t = batch.reward.shape
         z = self.encode(batch.obs.flatten(0, 1)).float()
         _, after = self.states(batch, z.view(b, t, -1))
         rolled = self._rollout(batch, z.view(b, t, -1), after)
         variance = z.var(0)
+        generator = torch.Generator(z.device).manual_seed(0)  # looking must not change what training draws next
         out = {
             "effective_rank": effective_rank(z),
             "latent_variance_mean": variance.mean(),
             "latent_variance_min": variance.min(),
-            "sigreg": sigreg(z, random_directions(z.shape[1], 256, device=z.device)),
+            "sigreg": sigreg(z, random_directions(z.shape[1], 256, device=z.device, generator=generator)),
         }
         rows, scale = z.view(b, t, -1), variance.mean().clamp(min=1e-8)
         for k in sorted({1, rolled.steps}):
