@@ -122,7 +122,7 @@ def scores_at(found: Survey, env_steps: int) -> dict[tuple[str, str], dict[int, 
 
 
 def budgets(found: Survey) -> list[int]:
-    """The usual budgets up to the runs' own, and theirs; until every run has reached one, also how far all have come."""
+    """The usual budgets up to the runs' own, and theirs; until every run has reached one, how far all have."""
     usual = {one for one in BUDGETS if one < found.env_steps} | {found.env_steps}
     shared = min(run.rows[-1].env_steps for run in found.runs.values())
     return sorted(usual | {shared} if 0 < shared < min(usual) else usual)
