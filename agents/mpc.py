@@ -163,8 +163,8 @@ class MPCAgent(DreamerAgent):
         first = torch.arange(envs * count, device=self.device)[:, None] % count == 0
         actions = []
         for _ in range(self.mpc.horizon):
-            feat = self.model.feat(state)
-            likely, drawn = self.policy.mode(feat), self.policy.sample(feat, generator).action
-            actions.append(torch.where(first, likely, drawn))
+            mean, std = self.policy(self.model.feat(state))
+            noise = torch.empty_like(std).normal_(generator=generator).masked_fill(first, 0.0)
+            actions.append(self.policy.action(mean, std, noise))
             state = self.model.imagine(state, actions[-1])
         return torch.stack(actions, 1).view(envs, count, self.mpc.horizon, -1)
