@@ -208,14 +208,16 @@ def _missing(found: Survey, failures: Mapping[str, str], broken: Sequence[str]) 
     if absent:
         notes.append(f"Missing: {len(absent)} of {total} runs have no evaluation: {_listed(absent)}.")
     if unfinished:
+        reached: dict[tuple[int, int], list[Cell]] = defaultdict(list)
+        for key in unfinished:
+            run = found.runs[key]
+            reached[run.rows[-1].env_steps, found.target(run)].append(key)
         notes.append(
-            f"Unfinished: {len(unfinished)} of {total} runs have not reached their budget: "
-            + "; ".join(
-                f"{in_words(key)} at {run.rows[-1].env_steps:,} of {found.target(run):,} env_steps"
-                for key in unfinished
-                for run in [found.runs[key]]
+            f"Unfinished: {len(unfinished)} of {total} runs have not reached their budget and count up to where they "
+            "are. "
+            + " ".join(
+                f"At {at:,} of {target:,} env_steps: {_listed(keys)}." for (at, target), keys in sorted(reached.items())
             )
-            + ". They count up to where they are."
         )
     notes += [f"Failed: {place}{f' ({why})' if why else ''}." for place, why in failures.items()]
     return notes + [f"Left out: {why}." for why in broken]

@@ -254,7 +254,7 @@ def test_what_is_missing_unfinished_failed_or_unequal_is_said(tmp_path: Path) ->
         "mpc on reacher-easy, seeds 1, 2."
     )
     assert "1 of 8 runs" in unfinished
-    assert "mpc on cartpole-swingup, seed 2 at 50,000 of 100,000 env_steps" in unfinished
+    assert unfinished.endswith("At 50,000 of 100,000 env_steps: mpc on cartpole-swingup, seed 2.")
     assert failure == "Failed: reacher-easy/mpc/seed-2 (FloatingPointError: NaN in the loss)."
     assert "seed-1 has no evaluation" in left_out
     assert unequal == (
@@ -456,7 +456,7 @@ def test_the_page_says_on_top_what_is_missing(made: Path) -> None:
     top = page[page.index("<main>") : page.index('id="scores"')]
     assert "21 of 24 runs reached their budget of 100,000 env_steps." in top
     assert "mpc on reacher-easy, seed 3" in top
-    assert "dreamer on cartpole-swingup, seed 3 at 60,000 of 100,000 env_steps" in top
+    assert "At 60,000 of 100,000 env_steps: dreamer on cartpole-swingup, seed 3" in top
     assert "Few seeds: 2 to 3" in top
     assert "src=" not in re.sub(r"<script.*?</script>", "", page, flags=re.S), "everything is inside"
 
