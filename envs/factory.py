@@ -17,7 +17,7 @@ from gymnasium.envs.registration import registry
 
 from envs import dmc
 from envs.camera import Camera, apply_profile, fixed_view
-from envs.manipulation import is_manipulation, make_manipulation
+from envs.manipulation import Scripted, is_manipulation, make_manipulation
 from envs.physics import WithPhysics
 from envs.wrappers import Divergence, Episodes, Pictures
 
@@ -61,6 +61,8 @@ class EnvConfig:
     averages four drawn pixels into one."""
     physics: bool = False
     """Add the simulator's own state to the observation, for recording data; no agent here learns from it."""
+    scripted: bool = False
+    """Take OGBench's scripted actions instead of those given, and add them to the observation, for recording data."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("obs", ("pixels", "state", "both")), ("render", ("fast", "canonical"))):
@@ -149,7 +151,8 @@ def make_env(task: str, config: EnvConfig = DEFAULT, seed: int = 0) -> gym.Env:
     Raises:
         UnknownTask: no such task.
         UnsupportedActionSpace: its actions are not a bounded box.
-        ValueError: it has no such camera; NoPhysics, where the config wants the physics of a task without MuJoCo.
+        ValueError: it has no such camera, or no script; NoPhysics, where the config wants the physics of a task without
+            MuJoCo.
         NoOpenGL: at the first picture, on a machine that cannot draw.
     """
     found = resolve_task(task)
@@ -231,6 +234,8 @@ def _common_stack(env: gym.Env, task: Task, config: EnvConfig) -> gym.Env:
     if config.obs != "state":
         env = wrappers.AddRenderObservation(env, render_only=config.obs == "pixels")
         env = _channels_first(env, config)
+    if config.scripted:
+        env = Scripted(env)
     return WithPhysics(env) if config.physics else env
 
 

@@ -7,6 +7,9 @@ but time ends an episode, and goals are given from outside: the reward, for a hi
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -17,6 +20,9 @@ from envs.camera import Camera, Profile, apply_profile, fixed_view
 from envs.wrappers import Divergence, Pictures
 
 _ENTRY = "ogbench.manipspace."
+
+_ORACLES = ("cube", "button", "drawer", "window")
+"""What a scene can ask for next, and the module and class of OGBench that knows how."""
 
 
 def is_manipulation(name: str) -> bool:
@@ -53,3 +59,68 @@ def make_manipulation(
     view = fixed_view(task.model, index)
     apply_profile(task.model, size, profile)
     return Pictures(Divergence(env), size, Camera(task.model, task.data, view, size, profile))
+
+
+class Scripted(gym.Wrapper):
+    """Takes OGBench's own scripted actions instead of those it is given: they go to one of the scene's objects, move it
+    to where it is wanted next, and so on. Random actions hardly ever touch anything.
+
+    Observations are a dict of "observation" and "action": the action that led there, zeros after a reset.
+
+    Args:
+        noise: largest standard deviation of the noise on the script's actions, three times that on the yaw and ten
+            times on the gripper, as OGBench records its own data; each episode draws its own up to this.
+
+    Raises:
+        ValueError: the task is none of OGBench's manipulation.
+    """
+
+    def __init__(self, env: gym.Env, noise: float = 0.1) -> None:
+        super().__init__(env)
+        if env.unwrapped.spec is None or not str(env.unwrapped.spec.entry_point).startswith(_ENTRY):
+            raise ValueError("scripted actions exist for OGBench's manipulation tasks only")
+        self.observation_space = gym.spaces.Dict({"observation": env.observation_space, "action": env.action_space})
+        self._noise = noise
+        self._oracles = {name: self._oracle(name) for name in _ORACLES}
+        self._generator = np.random.default_rng()
+        self._info: dict[str, Any] = {}
+
+    def _oracle(self, name: str) -> Any:
+        module = importlib.import_module(f"{_ENTRY}oracles.markov.{name}_markov")
+        return getattr(module, f"{name.capitalize()}MarkovOracle")(env=self.env)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """See the class."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._generator = np.random.default_rng(seed)
+        self._spread = self._generator.uniform(0, self._noise) * np.array([1, 1, 1, 3, 10])
+        self._begin(info)
+        return {"observation": obs, "action": np.zeros(self.env.action_space.shape, np.float32)}, info  # type: ignore[arg-type]
+
+    def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """One step of the script, whatever ``action`` is."""
+        wanted = self._at_work.select_action(None, self._info) + self._generator.normal(0, self._spread)
+        taken = np.clip(wanted, -1, 1).astype(np.float32)
+        obs, reward, terminated, truncated, info = self.env.step(taken)
+        self._info = info
+        if self._at_work.done:
+            self._begin(self.env.unwrapped.set_new_target(return_info=True)[1])  # type: ignore[attr-defined]
+        return {"observation": obs, "action": taken}, reward, terminated, truncated, info
+
+    def _begin(self, info: dict[str, Any]) -> None:
+        """Go to what is wanted next."""
+        self._info = info
+        self._at_work = self._oracles[info["privileged/target_task"]]
+        with _drawing_from(self._generator):
+            self._at_work.reset(None, info)
+
+
+@contextmanager
+def _drawing_from(generator: np.random.Generator) -> Iterator[None]:
+    """NumPy's global random numbers, which OGBench's scripts draw from, follow from ``generator`` meanwhile."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(generator.integers(2**32))  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002

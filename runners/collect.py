@@ -47,7 +47,8 @@ class CollectConfig:
     data are of, if it is one of these."""
     policy: str = "mixture"
     """Who acts. random: uniform actions, a new one each step. mixture: each episode draws uniform noise, held actions,
-    coloured noise or sinusoids, persisting for 2 to 32 steps. Anything else is a run's folder: its policy explores."""
+    coloured noise or sinusoids, persisting for 2 to 32 steps. scripted: OGBench's own script, which grasps and
+    moves things in its manipulation tasks. Anything else is a run's folder: its policy explores."""
     random_actions: float | None = None
     """With a run's policy: each episode takes a uniformly random action with a probability drawn between 0 and this.
     None: as the run itself did."""
@@ -79,7 +80,7 @@ def parse_args(args: Sequence[str]) -> CollectConfig:
     """
     who, _ = tyro.cli(_Who, args=args, return_unknown_args=True, add_help=False)
     default = CollectConfig(out=tyro.MISSING)
-    if who.policy not in ("random", "mixture"):
+    if who.policy not in ("random", "mixture", "scripted"):
         run = read_config(Path(who.policy))
         default = replace(default, task=run.task, env=run.env, policy=who.policy)
     return tyro.cli(CollectConfig, default=default, args=args, prog="python -m runners.collect")
@@ -149,7 +150,7 @@ def _play(config: CollectConfig, about: About, stop: StopOnSignal) -> Iterator[E
         raise ConfigError("--task is missing: which task is to be played? As in --task dmc/reacher-easy")
     if config.env.obs == "both":
         raise ConfigError("--env.obs both cannot be recorded; use pixels or state (physical states are kept anyway)")
-    env = replace(config.env, physics=False)
+    env = replace(config.env, physics=False, scripted=config.policy == "scripted")
     with closing(make_env(config.task, env)) as probe:
         try:
             about.physics = physical_names(probe)
@@ -168,9 +169,11 @@ def _build_actor(config: CollectConfig, envs: VectorEnv) -> Agent:
         ConfigError, CheckpointError: a run that cannot act here.
     """
     observations, actions = envs.single_observation_space, envs.single_action_space
-    if isinstance(observations, gym.spaces.Dict):  # with the physical states, which the agent does not see
+    if isinstance(
+        observations, gym.spaces.Dict
+    ):  # with physical states or a script's actions, which the agent does not see
         observations = observations["observation"]
-    if config.policy == "random":
+    if config.policy in ("random", "scripted"):  # the script does not ask
         return RandomAgent(actions.shape[0], config.seed)
     if config.policy == "mixture":
         return MixtureAgent(actions.shape[0], config.seed)
@@ -191,8 +194,9 @@ def _build_actor(config: CollectConfig, envs: VectorEnv) -> Agent:
 def play(envs: VectorEnv, agent: Agent, episodes: int, stop: StopOnSignal) -> Iterator[Episode]:
     """Complete episodes in the order in which they end. Environment i plays so many that short ones do not prevail.
 
-    An episode that a fault of the simulation cut off is left out, and another one played. Its observations may come
-    with the physical states behind them (``EnvConfig.physics``).
+    An episode that a fault of the simulation cut off is left out, and another one played. Observations may come with
+    the physical states behind them (``EnvConfig.physics``) and with the actions that a script took in place of the
+    agent's (``EnvConfig.scripted``).
     """
     n = envs.num_envs
     missing = [len(range(i, episodes, n)) for i in range(n)]
@@ -202,12 +206,15 @@ def play(envs: VectorEnv, agent: Agent, episodes: int, stop: StopOnSignal) -> It
     is_first, is_last = np.ones(n, bool), np.zeros(n, bool)
     carry = agent.initial(n)
     while not stop.asked:
-        obs, physics = (answer["observation"], answer["physics"]) if isinstance(answer, dict) else (answer, None)
+        parts = answer if isinstance(answer, dict) else {"observation": answer}
+        obs, physics, taken = parts["observation"], parts.get("physics"), parts.get("action")
         if is_first.any():
             places = envs.get_state()["envs"]
         for i in range(n):
             if is_first[i]:
                 tracks[i] = _Track((places[i]["seed"], places[i]["episode"]))
+            if taken is not None and tracks[i].action:
+                tracks[i].action[-1] = taken[i].copy()
             tracks[i].arrive(obs[i], reward[i], None if physics is None else physics[i])
             if is_last[i] and faults[i] is None and missing[i]:
                 missing[i] -= 1

@@ -1,10 +1,15 @@
 """OGBench's cubes: seeded scenes, pictures by our camera, and the physical state behind them."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from envs import EnvConfig, make_env
 from envs.physics import physical_names, physical_state, physical_units, set_physical_state, simulation
+from runners.collect import CollectConfig, collect
+from runners.dataset import Dataset
 from runners.goals import Match, Tolerance
 
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
@@ -68,3 +73,64 @@ def test_state_is_ogbenchs_and_both_is_refused() -> None:
     env.close()
     with pytest.raises(ValueError, match="pixels or state, not both"):
         make_env(TASK, EnvConfig(obs="both"))
+
+
+UNSEEN = EnvConfig(obs="state", physics=True)  # pictures of this arm take a processor 50 ms each
+
+
+def test_the_script_moves_the_cube_whatever_it_is_told_and_its_actions_repeat_what_it_did() -> None:
+    """Repeated from the same start, the recorded actions lead through the same states; so does the script itself,
+    whatever NumPy's global generator gives."""
+    scripted = make_env(TASK, replace(UNSEEN, scripted=True), seed=3)
+    names = physical_names(scripted)
+    place = [names.index(name) for name in CUBE]
+    runs = []
+    for seed in (0, 1):
+        np.random.seed(seed)  # noqa: NPY002
+        rows = [scripted.reset(seed=3)[0]]
+        rows += [scripted.step(np.full(5, seed, np.float32))[0] for _ in range(60)]
+        runs.append(rows)
+        assert np.random.get_state()[2] == 624, "the global generator stands where it stood"  # noqa: NPY002
+    scripted.close()
+    for one, other in zip(*runs, strict=True):
+        np.testing.assert_array_equal(one["physics"], other["physics"])
+        np.testing.assert_array_equal(one["action"], other["action"])
+    np.testing.assert_array_equal(runs[0][0]["action"], np.zeros(5))
+    states = np.stack([row["physics"] for row in runs[0]])
+    assert np.abs(states[:, place] - states[0, place]).max() > 0.05, "the cube was carried"
+
+    env = make_env(TASK, UNSEEN, seed=3)
+    env.reset(seed=3)
+    repeated = [env.step(row["action"])[0]["physics"] for row in runs[0][1:]]
+    env.close()
+    np.testing.assert_array_equal(np.stack(repeated), states[1:])
+
+
+def test_scripted_episodes_are_recorded_with_the_scripts_actions(tmp_path: Path) -> None:
+    config = CollectConfig(
+        out=str(tmp_path / "cubes"),
+        task=TASK,
+        policy="scripted",
+        episodes=2,
+        seed=5,
+        env=EnvConfig(obs="state", time_limit=8),
+    )
+    collect(config, quiet=True)
+    data = Dataset(tmp_path / "cubes")
+    assert data.physics is not None
+    assert data.about is not None
+    assert data.about.starts is not None
+    assert data.about.env == config.env
+    env = make_env(TASK, replace(config.env, physics=True))
+    for (seed, episode), (stream, first, length) in zip(data.about.starts, data.spans, strict=True):
+        batch = data.replay.take(np.array([stream]), np.array([first]), length)
+        rows = [env.reset(seed=seed, options={"episode": episode})[0]]
+        rows += [env.step(action)[0] for action in batch.action[0, :-1].numpy()]
+        np.testing.assert_array_equal(data.physics[first : first + length], [row["physics"] for row in rows])
+        np.testing.assert_array_equal(batch.obs[0], [row["observation"] for row in rows])
+    env.close()
+
+
+def test_a_script_for_another_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="OGBench's manipulation tasks only"):
+        make_env("dmc/cartpole-swingup", EnvConfig(scripted=True))
