@@ -16,6 +16,7 @@ from envs.factory import (
     UnknownTask,
     UnsupportedActionSpace,
     action_repeat_of,
+    closest,
     default_action_repeat,
     make_env,
     register_tasks,
@@ -24,7 +25,7 @@ from envs.factory import (
 )
 from envs.physics import NoPhysics
 from envs.vector import VectorEnv, WorkerFailure, make_vector_env
-from envs.wrappers import EnvironmentFault, episode_seed
+from envs.wrappers import EnvironmentFault, UnsupportedSetting, episode_seed
 
 register_tasks()
 
@@ -36,10 +37,12 @@ __all__ = [
     "Task",
     "UnknownTask",
     "UnsupportedActionSpace",
+    "UnsupportedSetting",
     "VectorEnv",
     "WorkerFailure",
     "action_repeat_of",
     "choose_backend",
+    "closest",
     "default_action_repeat",
     "episode_seed",
     "make_env",

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from envs import opengl
+from envs.wrappers import UnsupportedSetting
 
 try:
     from dm_control import _render
@@ -50,10 +51,10 @@ def fixed_view(model: mujoco.MjModel, camera: int) -> mujoco.MjvCamera:
     """The model's camera number ``camera``; -1 is the free camera that dm_control gives every model.
 
     Raises:
-        ValueError: the model has no such camera.
+        UnsupportedSetting: the model has no such camera.
     """
     if not -1 <= camera < model.ncam:
-        raise ValueError(f"camera {camera} does not exist: this task has cameras -1 (free) to {model.ncam - 1}")
+        raise UnsupportedSetting(f"camera {camera} does not exist: this task has cameras -1 (free) to {model.ncam - 1}")
     view = mujoco.MjvCamera()
     view.fixedcamid = camera
     if camera == -1:

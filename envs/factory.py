@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from envs import dmc
 from envs.camera import Camera, apply_profile, fixed_view
 from envs.manipulation import Scripted, is_manipulation, make_manipulation
 from envs.physics import WithPhysics
-from envs.wrappers import Divergence, Episodes, Pictures
+from envs.wrappers import Divergence, Episodes, Pictures, UnsupportedSetting
 
 MIN_SIZE, MAX_SIZE = 8, 1024
 
@@ -123,11 +124,12 @@ def resolve_task(task: str) -> Task:
             gym.spec(name_in_module)
             return Task("gym", name)
     known = tasks() + [f"gym/{name}" for name in registry if "/" not in name]
-    raise UnknownTask(f"There is no task {task!r}.{_closest(task, known)} A task is {FORMS}.")
+    raise UnknownTask(f"There is no task {task!r}.{closest(task, known)} A task is {FORMS}.")
 
 
-def _closest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+def closest(name: str, known: Iterable[str]) -> str:
+    """For the end of an error message: the known names that ``name`` may have meant, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
     return f" The closest: {', '.join(close)}." if close else ""
 
 
@@ -151,8 +153,8 @@ def make_env(task: str, config: EnvConfig = DEFAULT, seed: int = 0) -> gym.Env:
     Raises:
         UnknownTask: no such task.
         UnsupportedActionSpace: its actions are not a bounded box.
-        ValueError: it has no such camera, or no script; NoPhysics, where the config wants the physics of a task without
-            MuJoCo.
+        UnsupportedSetting: it has no such camera, or no script.
+        NoPhysics: the config wants the physics of a task without MuJoCo.
         NoOpenGL: at the first picture, on a machine that cannot draw.
     """
     found = resolve_task(task)
@@ -188,7 +190,7 @@ def _make_gym(task: Task, config: EnvConfig) -> gym.Env:
     if isinstance(env.unwrapped, MujocoEnv):
         return Pictures(Divergence(env), config.size, _mujoco_camera(env.unwrapped, config))
     if config.camera is not None:
-        raise ValueError(f"{task} draws its own picture: it has no camera to choose, leave camera unset")
+        raise UnsupportedSetting(f"{task} draws its own picture: it has no camera to choose, leave camera unset")
     return env if config.obs == "state" else Pictures(env, config.size)
 
 
@@ -272,7 +274,7 @@ def make_registered(task: str, render_mode: str | None = None, seed: int = 0, **
     names = [field.name for field in fields(EnvConfig)]
     for name in config:
         if name not in names:
-            raise TypeError(f"{name!r} is no setting of a task.{_closest(name, names)}")
+            raise TypeError(f"{name!r} is no setting of a task.{closest(name, names)}")
     return make_env(task, EnvConfig(**config), seed)
 
 

@@ -17,7 +17,7 @@ import mujoco
 import numpy as np
 
 from envs.camera import Camera, Profile, apply_profile, fixed_view
-from envs.wrappers import Divergence, Pictures
+from envs.wrappers import Divergence, Pictures, UnsupportedSetting
 
 _ENTRY = "ogbench.manipspace."
 
@@ -43,10 +43,10 @@ def make_manipulation(
     OGBench's pixel tasks; with ``obs`` state the observation is OGBench's state.
 
     Raises:
-        ValueError: both pixels and state, which the task has no observation for; no such camera.
+        UnsupportedSetting: both pixels and state, which the task has no observation for; no such camera.
     """
     if obs == "both":
-        raise ValueError("OGBench's tasks give pixels or state, not both: choose obs pixels or state")
+        raise UnsupportedSetting("OGBench's tasks give pixels or state, not both: choose obs pixels or state")
     scene: dict[str, Any] = {"mode": "data_collection", "terminate_at_goal": False, "visualize_info": False}
     kind = "pixels" if obs == "pixels" else "states"
     env = gym.make(name, max_episode_steps=time_limit, disable_env_checker=True, ob_type=kind, **scene)
@@ -72,13 +72,13 @@ class Scripted(gym.Wrapper):
             times on the gripper, as OGBench records its own data; each episode draws its own up to this.
 
     Raises:
-        ValueError: the task is none of OGBench's manipulation.
+        UnsupportedSetting: the task is none of OGBench's manipulation.
     """
 
     def __init__(self, env: gym.Env, noise: float = 0.1) -> None:
         super().__init__(env)
         if env.unwrapped.spec is None or not str(env.unwrapped.spec.entry_point).startswith(_ENTRY):
-            raise ValueError("scripted actions exist for OGBench's manipulation tasks only")
+            raise UnsupportedSetting("scripted actions exist for OGBench's manipulation tasks only")
         self.observation_space = gym.spaces.Dict({"observation": env.observation_space, "action": env.action_space})
         self._noise = noise
         self._oracles = {name: self._oracle(name) for name in _ORACLES}

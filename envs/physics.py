@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from envs.dmc import DMCEnv
+from envs.wrappers import UnsupportedSetting
 
 _WIDTHS = {
     mujoco.mjtJoint.mjJNT_FREE: (7, 6),
@@ -33,7 +34,7 @@ _UNITS = {
 """Their units; the parts of a quaternion have none."""
 
 
-class NoPhysics(ValueError):
+class NoPhysics(UnsupportedSetting):
     """The task is not simulated by MuJoCo, so it has no physical state that could be read or set."""
 
 

@@ -15,6 +15,10 @@ class EnvironmentFault(RuntimeError):
     """A simulation gave NaN or inf, or diverged. The message says the task, the episode's seed, the step, and what."""
 
 
+class UnsupportedSetting(ValueError):
+    """This task cannot be seen or stepped as the config says, and the message says why."""
+
+
 def episode_seed(seed: int, episode: int) -> int:
     """The seed of one episode, a function of the environment's seed and the episode's index only. Below 2**32."""
     return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])

@@ -22,7 +22,7 @@ import tyro
 
 from agents.interface import Agent
 from agents.random import RandomAgent
-from envs import EnvConfig, NoPhysics, make_env, resolve_task
+from envs import EnvConfig, NoPhysics, closest, make_env, resolve_task
 from envs.physics import physical_names
 from envs.vector import VectorEnv
 from runners.behaviour import MixtureAgent
@@ -34,6 +34,9 @@ from runners.progress import Display
 from runners.run import find_checkpoint, load_agent
 from runners.session import configure_torch
 from runners.train import USER_ERRORS, StopOnSignal
+
+KNOWING_NOTHING = ("random", "mixture", "scripted")
+"""Policies that are not a run's."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,10 @@ def parse_args(args: Sequence[str]) -> CollectConfig:
     """
     who, _ = tyro.cli(_Who, args=args, return_unknown_args=True, add_help=False)
     default = CollectConfig(out=tyro.MISSING)
-    if who.policy not in ("random", "mixture", "scripted"):
+    if who.policy not in KNOWING_NOTHING:
+        if not Path(who.policy).exists():
+            choices = f"{', '.join(KNOWING_NOTHING)} or a run's folder"
+            raise ConfigError(f"--policy: {who.policy!r} is not {choices}.{closest(who.policy, KNOWING_NOTHING)}")
         run = read_config(Path(who.policy))
         default = replace(default, task=run.task, env=run.env, policy=who.policy)
     return tyro.cli(CollectConfig, default=default, args=args, prog="python -m runners.collect")

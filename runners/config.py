@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,7 +18,7 @@ from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
 from agents.interface import Agent
 from agents.mpc import MPCAgent, MPCConfig, build_planner
 from agents.random import RandomAgent
-from envs import EnvConfig
+from envs import EnvConfig, closest
 from runners.baseline_config import (
     BASELINES,
     PPOConfig,
@@ -175,7 +174,7 @@ def defaults(preset: str, device: str) -> Config:
         preset = "cuda" if cuda else "cpu"
     table = presets()
     if preset not in table:
-        hint = _closest(preset, table)
+        hint = closest(preset, table)
         raise ConfigError(f"there is no preset {preset!r}.{hint} The presets: auto, {', '.join(table)}.")
     return dataclasses.replace(table[preset], preset=preset)
 
@@ -191,7 +190,7 @@ def adjust(config: Config, settings: Mapping[str, Any]) -> Config:
     for name, value in settings.items():
         field_name = name.replace("-", "_")
         if field_name not in known:
-            raise ConfigError(f"there is no setting {name!r}.{_closest(field_name, known)}")
+            raise ConfigError(f"there is no setting {name!r}.{closest(field_name, known)}")
         *parents, leaf = field_name.split(".")
         branch = tree
         for parent in parents:
@@ -201,11 +200,6 @@ def adjust(config: Config, settings: Mapping[str, Any]) -> Config:
         return _from_dict(Config, tree)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
-    return f" The closest: {', '.join(close)}." if close else ""
 
 
 @dataclass(frozen=True)

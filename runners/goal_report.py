@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from runners.attempts import Attempts
 from runners.dataset import Dataset
@@ -29,6 +28,8 @@ class Rate(NamedTuple):
 
 def wilson(successes: int, tries: int) -> Rate:
     """Wilson's score interval, which holds for few tries and near 0 and 1, too."""
+    from scipy.stats import binomtest  # which takes seconds to import
+
     found = binomtest(successes, tries).proportion_ci(confidence_level=0.95, method="wilson")
     return Rate(successes / tries, float(found.low), float(found.high))
 

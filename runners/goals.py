@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
+from envs import closest
 from runners.config import ConfigError, read_config
 from runners.dataset import Dataset
 from runners.pretrain_config import SETTINGS
@@ -46,9 +46,8 @@ class Match:
     def __init__(self, names: Sequence[str], units: Sequence[str], wanted: Sequence[str], tolerance: Tolerance) -> None:
         for name in wanted:
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-                hint = f"The closest: {', '.join(close)}. " if close else ""
-                raise ConfigError(f"--match: there is no quantity {name!r}. {hint}There are: {', '.join(names)}")
+                there_are = f"There are: {', '.join(names)}"
+                raise ConfigError(f"--match: there is no quantity {name!r}.{closest(name, names)} {there_are}")
         self.names = list(wanted) or [name for name in names if name.startswith("qpos/")]
         if not self.names:
             raise ConfigError("this task has no positions to reach; say with --match what is to be reached")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import Literal
 import tyro
 
 from agents.dreamer import DreamerConfig
-from envs import EnvConfig
+from envs import EnvConfig, closest
 from runners.checks import refuse_below
 from runners.config import Config, ConfigError, LoopConfig
 from runners.dataset import Dataset
@@ -89,8 +88,7 @@ def parse_args(args: Sequence[str]) -> PretrainConfig:
     """
     name, table = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)[0].preset, presets()
     if name not in table:
-        close = difflib.get_close_matches(name, table, n=1, cutoff=0.3)
-        raise ConfigError(f"there is no preset {name!r}; {f'did you mean {close[0]}? ' if close else ''}cpu or paper")
+        raise ConfigError(f"there is no preset {name!r}.{closest(name, table)} The presets: {', '.join(table)}.")
     config = tyro.cli(PretrainConfig, default=table[name], args=args, prog="python -m runners.pretrain")
     refuse_below(
         [

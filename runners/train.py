@@ -27,7 +27,7 @@ from torch import Tensor
 
 from agents.interface import Agent, NonFiniteLoss
 from agents.random import RandomAgent
-from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace
+from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace, UnsupportedSetting
 from envs.vector import WorkerFailure
 from runners.baseline_config import BASELINES
 from runners.checkpoint import CheckpointError, DiskFull
@@ -45,6 +45,7 @@ USER_ERRORS = (
     ConfigError,
     UnknownTask,
     UnsupportedActionSpace,
+    UnsupportedSetting,
     NoOpenGL,
     EnvironmentFault,
     WorkerFailure,

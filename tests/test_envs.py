@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 import envs
-from envs import EnvConfig, EnvironmentFault, UnknownTask, UnsupportedActionSpace, make_env
+from envs import EnvConfig, EnvironmentFault, UnknownTask, UnsupportedActionSpace, UnsupportedSetting, make_env
 from tests.envs_helpers import PREFIX
 
 SUITE = [f"{domain}-{task}" for domain, task in suite.ALL_TASKS]
@@ -278,7 +278,7 @@ def test_impossible_config(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("task", [CARTPOLE, "mujoco/Hopper-v5", PREFIX + "Counting-v0"])
 def test_camera_that_does_not_exist(task: str) -> None:
-    with pytest.raises(ValueError, match="camera"):
+    with pytest.raises(UnsupportedSetting, match="camera"):
         make_env(task, EnvConfig(camera=9))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import EnvConfig, make_env
+from envs import EnvConfig, UnsupportedSetting, make_env
 from envs.physics import physical_names, physical_state, physical_units, set_physical_state, simulation
 from runners.collect import CollectConfig, collect
 from runners.dataset import Dataset
@@ -71,7 +71,7 @@ def test_state_is_ogbenchs_and_both_is_refused() -> None:
     _, data = simulation(env)
     np.testing.assert_allclose(state[:6], data.qpos[:6], rtol=1e-6)
     env.close()
-    with pytest.raises(ValueError, match="pixels or state, not both"):
+    with pytest.raises(UnsupportedSetting, match="pixels or state, not both"):
         make_env(TASK, EnvConfig(obs="both"))
 
 
@@ -132,5 +132,5 @@ def test_scripted_episodes_are_recorded_with_the_scripts_actions(tmp_path: Path)
 
 
 def test_a_script_for_another_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="OGBench's manipulation tasks only"):
+    with pytest.raises(UnsupportedSetting, match="OGBench's manipulation tasks only"):
         make_env("dmc/cartpole-swingup", EnvConfig(scripted=True))

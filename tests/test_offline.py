@@ -193,7 +193,11 @@ def test_a_run_collects_with_its_own_task(pretrained: Path, tmp_path: Path) -> N
         ([], "--task is missing"),
         (["--task", "dmc/reacher-easy", "--episodes", "0"], "--episodes is 0"),
         (["--task", "dmc/racher-easy"], "The closest: dmc/reacher-easy"),
-        (["--policy", "runs/nowhere"], "not a run"),
+        (["--policy", "runs/nowhere"], "or a run's folder"),
+        (["--policy", "mixtur"], "The closest: mixture"),
+        (["--policy", "tests", "--task", "dmc/reacher-easy"], "not a run"),
+        (["--policy", "scripted", "--task", "dmc/reacher-easy"], "OGBench's manipulation tasks only"),
+        (["--env.camera", "9", "--task", "dmc/reacher-easy"], "cameras -1 (free) to 1"),
         (["--from-hdf5", "nowhere.h5"], "cannot be read as HDF5"),
         (["--from-hdf5", "a.h5", "--from-minari", "b/c-v0"], "one at a time"),
     ],
@@ -449,7 +453,7 @@ def test_prediction_beats_copying(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--preset", "papr"], "did you mean paper"),
+        (["--preset", "papr"], "The closest: paper"),
         (["--length", "12"], "lower --length"),
         (["--updates", "0"], "--updates is 0"),
         (["--model.encoder", "vit"], "cannot be cut into"),
