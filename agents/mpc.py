@@ -34,8 +34,8 @@ class MPCConfig:
 
     planner: Literal["mppi", "cem", "icem", "gradient"] = "mppi"
     """Which search; the settings of each are below."""
-    horizon: int = 6
-    """Planned decisions, H; keep it within the world model's rollout."""
+    horizon: int = 3
+    """Planned decisions, H, as in TD-MPC2 (arXiv 2310.16828); keep it within the world model's rollout."""
     proposals: int = 8
     """Candidates that the policy imagines, the first without noise. 0: none."""
     terminal_value: bool = True

@@ -75,6 +75,9 @@ class Scripted(gym.Wrapper):
         UnsupportedSetting: the task is none of OGBench's manipulation.
     """
 
+    _generator: np.random.Generator
+    _info: dict[str, Any]
+
     def __init__(self, env: gym.Env, noise: float = 0.1) -> None:
         super().__init__(env)
         if env.unwrapped.spec is None or not str(env.unwrapped.spec.entry_point).startswith(_ENTRY):
@@ -82,8 +85,6 @@ class Scripted(gym.Wrapper):
         self.observation_space = gym.spaces.Dict({"observation": env.observation_space, "action": env.action_space})
         self._noise = noise
         self._oracles = {name: self._oracle(name) for name in _ORACLES}
-        self._generator = np.random.default_rng()
-        self._info: dict[str, Any] = {}
 
     def _oracle(self, name: str) -> Any:
         module = importlib.import_module(f"{_ENTRY}oracles.markov.{name}_markov")

@@ -35,8 +35,8 @@ from runners.run import find_checkpoint, load_agent
 from runners.session import configure_torch
 from runners.train import USER_ERRORS, StopOnSignal
 
-KNOWING_NOTHING = ("random", "mixture", "scripted")
-"""Policies that are not a run's."""
+NAMED_POLICIES = ("random", "mixture", "scripted")
+"""Who can act without having learned; any other policy is a run's."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def parse_args(args: Sequence[str]) -> CollectConfig:
     """
     who, _ = tyro.cli(_Who, args=args, return_unknown_args=True, add_help=False)
     default = CollectConfig(out=tyro.MISSING)
-    if who.policy not in KNOWING_NOTHING:
+    if who.policy not in NAMED_POLICIES:
         if not Path(who.policy).exists():
-            choices = f"{', '.join(KNOWING_NOTHING)} or a run's folder"
-            raise ConfigError(f"--policy: {who.policy!r} is not {choices}.{closest(who.policy, KNOWING_NOTHING)}")
+            choices = f"{', '.join(NAMED_POLICIES)} or a run's folder"
+            raise ConfigError(f"--policy: {who.policy!r} is not {choices}.{closest(who.policy, NAMED_POLICIES)}")
         run = read_config(Path(who.policy))
         default = replace(default, task=run.task, env=run.env, policy=who.policy)
     return tyro.cli(CollectConfig, default=default, args=args, prog="python -m runners.collect")
@@ -175,9 +175,7 @@ def _build_actor(config: CollectConfig, envs: VectorEnv) -> Agent:
         ConfigError, CheckpointError: a run that cannot act here.
     """
     observations, actions = envs.single_observation_space, envs.single_action_space
-    if isinstance(
-        observations, gym.spaces.Dict
-    ):  # with physical states or a script's actions, which the agent does not see
+    if isinstance(observations, gym.spaces.Dict):  # what else is in it is recorded, and the agent does not see it
         observations = observations["observation"]
     if config.policy in ("random", "scripted"):  # the script does not ask
         return RandomAgent(actions.shape[0], config.seed)
