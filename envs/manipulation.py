@@ -58,7 +58,9 @@ def make_manipulation(
     index = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_CAMERA, "front_pixels") if camera is None else camera
     view = fixed_view(task.model, index)
     apply_profile(task.model, size, profile)
-    return Pictures(Divergence(env), size, Camera(task.model, task.data, view, size, profile))
+    pictures = Pictures(Divergence(env), size, Camera(task.model, task.data, view, size, profile))
+    pictures.metadata["render_fps"] = round(1 / task.control_timestep)
+    return pictures
 
 
 class Scripted(gym.Wrapper):

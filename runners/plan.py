@@ -27,6 +27,7 @@ from agents.dreamer import DreamerAgent
 from agents.goals import GoalSearch, GoalSeeker
 from envs import EnvConfig, action_repeat_of, make_env, resolve_task
 from envs.physics import physical_units
+from envs.worker import render_fps
 from runners.amortise import amortised_policy
 from runners.attempts import Attempts, Method, Oracle, Randomly, Seeking, Still, attempt
 from runners.config import WORLD_MODEL_AGENTS, Config, ConfigError, build_agent, read_config, resolve_device
@@ -93,10 +94,12 @@ def plan(config: PlanConfig, command: str) -> dict[str, Any]:
             envs.append(opened.enter_context(closing(_make_env(config, loaded))))
         said = protocol(config, loaded.task, loaded.data, halves, match, pairs, before)
         print("\n".join(said), flush=True)
-        results = _attempt_all(config, _methods(config, loaded, halves), pairs, loaded, envs, match)
+        film = None if config.video is None else Film(loaded.data, pairs)
+        results = _attempt_all(_methods(config, loaded, halves), pairs, loaded, envs, match, film)
+        rate = render_fps(envs[0]) / loaded.action_repeat
     found = {name: figures(attempts) for name, attempts in results.items()}
     print("\n".join(table(found)))
-    return {
+    answer = {
         "task": loaded.task,
         "command": command,
         "checkpoint": loaded.checkpoint.name,
@@ -110,6 +113,12 @@ def plan(config: PlanConfig, command: str) -> dict[str, Any]:
         "start_rows": pairs.start.tolist(),
         "settings": asdict(config) | {"budget": config.decisions},
     }
+    if config.json is not None:
+        _write(Path(config.json), answer)
+    if film is not None and config.video is not None:  # last: what was found is safe if there is no room for it
+        film.write(Path(config.video), rate)
+        print(f"video: {config.video}")
+    return answer
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------
@@ -213,16 +222,15 @@ def _amortised(config: PlanConfig, loaded: Loaded, halves: Halves) -> Amortised:
 
 
 def _attempt_all(
-    config: PlanConfig,
     methods: dict[str, Method],
     pairs: Pairs,
     loaded: Loaded,
     envs: Sequence[gym.Env],
     match: Match,
+    film: Film | None,
 ) -> dict[str, Attempts]:
     """Every method on every goal; what the first one does is filmed."""
     total = len(pairs.start) * sum(method.decisions for method in methods.values())
-    film = None if config.video is None else Film(loaded.data, pairs)
     results: dict[str, Attempts] = {}
     with closing(Display(total, "decisions", "decisions")) as display:
         for name, method in methods.items():
@@ -233,9 +241,6 @@ def _attempt_all(
                 display.progress(done + made, done + made, name)
 
             results[name] = attempt(method, pairs, loaded.data, envs, match, after_decision=show, watch=watch)
-    if film is not None and config.video is not None:
-        film.write(Path(config.video), float(envs[0].metadata["render_fps"]) / loaded.action_repeat)
-        print(f"video: {config.video}")
     return results
 
 
@@ -246,8 +251,6 @@ def main(args: Sequence[str] | None = None) -> int:
     config = parse_args(given)
     try:
         answer = plan(config, shlex.join(["python", "-m", "runners.plan", *given]))
-        if config.json is not None:
-            _write(Path(config.json), answer)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -398,6 +398,26 @@ def answer(capsys: pytest.CaptureFixture[str], run_dir: Path, data: Path, *more:
     return json.loads(out.splitlines()[-1], parse_constant=pytest.fail), out
 
 
+def test_a_film_that_cannot_be_written_costs_no_result(
+    recorded: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_room(path: Path, *rest: object) -> None:
+        raise PermissionError(f"{path} is read-only")
+
+    monkeypatch.setattr("runners.film.write_video", no_room)
+    found = tmp_path / "found.json"
+    files = ["--video", str(tmp_path / "film.mp4"), "--json", str(found)]
+    assert plan.main(["--run-dir", str(pretrained), "--data", str(recorded), *QUICK, *SMALL, *files]) == 1
+    printed = capsys.readouterr()
+    assert "film.mp4 cannot be written" in printed.err
+    assert "oracle" in printed.out
+    assert json.loads(found.read_text())["methods"]["oracle"]["at_the_end"]["rate"] == 1
+
+
 def test_goals_from_the_command_line(
     recorded: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def test_a_moved_cube_is_seen_put_back_and_no_longer_at_its_goal() -> None:
 
 def test_nothing_but_time_ends_an_episode() -> None:
     env = make_env(TASK, EnvConfig(size=16, time_limit=3), seed=0)
+    assert env.metadata["render_fps"] == 20
     env.reset()
     endings = [env.step(np.zeros(5, np.float32))[2:4] for _ in range(3)]
     assert endings == [(False, False), (False, False), (False, True)]
