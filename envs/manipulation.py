@@ -59,7 +59,7 @@ def make_manipulation(
     view = fixed_view(task.model, index)
     apply_profile(task.model, size, profile)
     pictures = Pictures(Divergence(env), size, Camera(task.model, task.data, view, size, profile))
-    pictures.metadata["render_fps"] = round(1 / task.control_timestep)
+    pictures.metadata["render_fps"] = round(1 / task.control_timestep())
     return pictures
 
 
