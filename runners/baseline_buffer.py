@@ -9,14 +9,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Shaped
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
-from torch.nn import functional as F
 
 from runners.replay import Replay
 from runners.vecenv import Row, add_complete
+from worldmodels.encoder import shift_images
 from worldmodels.interface import Batch
 
 
@@ -104,7 +104,10 @@ class RowBuffer(BaseBuffer):
             return obs[:, -1]
         later = is_first.flip(1).cumsum(1).flip(1) - is_first.int()  # episodes that begin after the row
         stacked = (obs * (later == 0)[:, :, None, None, None]).flatten(1, 2)
-        return random_shift(stacked, self.shift, self.generator) if self.shift else stacked
+        if not self.shift:
+            return stacked
+        down, across = self.generator.integers(-self.shift, self.shift + 1, size=(len(stacked), 2)).T
+        return shift_images(stacked, torch.from_numpy(down), torch.from_numpy(across))
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> ReplayBufferSamples:
         raise NotImplementedError("rows are sampled by sample")
@@ -123,14 +126,3 @@ class RowBuffer(BaseBuffer):
         self._queues = [deque({k: v.numpy() for k, v in row.items()} for row in queue) for queue in state["waiting"]]
         self._reward, self._is_first = state["reward"].numpy(), state["is_first"].numpy()
         self.generator.bit_generator.state = state["generator"]
-
-
-def random_shift(
-    images: UInt8[Tensor, "B C H W"], most: int, generator: np.random.Generator
-) -> UInt8[Tensor, "B C H W"]:
-    """Each of B shifted by its own whole number of pixels, up to ``most``, its border repeated (DrQ, section 3.1)."""
-    height, width = images.shape[2:]
-    # In half precision, which holds 0 to 255 exactly and half the memory: padding knows no bytes.
-    padded = F.pad(images.half(), (most,) * 4, mode="replicate").to(torch.uint8)
-    moves = generator.integers(2 * most + 1, size=(len(images), 2))
-    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, moves, strict=True)])

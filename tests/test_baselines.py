@@ -22,7 +22,7 @@ from agents.interface import Agent, NonFiniteLoss
 from envs import EnvConfig, UnsupportedActionSpace
 from envs.vector import VectorEnv
 from runners.baseline_agent import BaselineAgent, build_baseline
-from runners.baseline_buffer import RowBuffer, random_shift
+from runners.baseline_buffer import RowBuffer
 from runners.baseline_config import BASELINES
 from runners.baselines import BaselineRun
 from runners.checks import check
@@ -212,19 +212,21 @@ def test_stacked_pictures_are_those_of_vec_frame_stack(tmp_path: Path) -> None:
             stacked, _, is_first, _ = env.step(action)
 
 
-def test_random_shifts_move_whole_pictures_and_repeat_the_border() -> None:
-    images = torch.arange(2 * 3 * 6 * 6).reshape(2, 3, 6, 6).to(torch.uint8)
-    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
-    generator, moves = np.random.default_rng(0), set()
-    for _ in range(60):
-        out = random_shift(images, 2, generator).numpy()
-        for i in range(2):
-            places = [
-                (y, x) for y in range(5) for x in range(5) if (padded[i, :, y : y + 6, x : x + 6] == out[i]).all()
-            ]
-            assert len(places) == 1
-            moves.add(places[0])
-    assert len(moves) == 25
+def test_sampled_pictures_are_shifted_whole_and_repeat_their_border(tmp_path: Path) -> None:
+    picture = np.arange(3 * 6 * 6, dtype=np.uint8).reshape(3, 6, 6)
+    replay = Replay.create(
+        tmp_path / "replay", capacity=10, num_envs=1, obs_shape=(3, 6, 6), obs_dtype=picture.dtype, action_dim=1
+    )
+    pictures, actions = gym.spaces.Box(0, 255, (3, 6, 6), np.uint8), gym.spaces.Box(-1, 1, (1,))
+    buffer = RowBuffer(replay, pictures, actions, frames=1, shift=2, seed=0, device=CPU)
+    for _ in range(4):
+        buffer.add(picture[None], picture[None], np.zeros((1, 1)), np.zeros(1), np.zeros(1, bool), [{}])
+    padded = np.pad(picture, ((0, 0), (2, 2), (2, 2)), mode="edge")
+    known = {padded[:, y : y + 6, x : x + 6].tobytes() for y in range(5) for x in range(5)}
+    assert len(known) == 25
+    out = buffer.sample(200)
+    assert {image.numpy().tobytes() for image in out.observations} == known
+    assert {image.numpy().tobytes() for image in out.next_observations} == known
 
 
 # -- acting ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from worldmodels.heads import mlp
@@ -152,12 +152,18 @@ class StateEncoder(nn.Module):
 
 
 def random_shift(x: Float[Tensor, "N C H W"], pixels: int) -> Float[Tensor, "N C H W"]:
-    """DrQ's random shift (arXiv 2004.13649): each image moved by up to ``pixels`` whole pixels, edges replicated."""
-    n, _, h, w = x.shape
-    padded = F.pad(x, (pixels,) * 4, mode="replicate")
-    dy = torch.randint(0, 2 * pixels + 1, (n,), device=x.device)
-    dx = torch.randint(0, 2 * pixels + 1, (n,), device=x.device)
-    rows = dy[:, None] + torch.arange(h, device=x.device)
-    cols = dx[:, None] + torch.arange(w, device=x.device)
-    index = torch.arange(n, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    """Each image moved at random by up to ``pixels`` whole pixels either way."""
+    down, across = (torch.randint(0, 2 * pixels + 1, (len(x),), device=x.device) - pixels for _ in range(2))
+    return shift_images(x, down, across)
+
+
+def shift_images(
+    images: Shaped[Tensor, "N C H W"], down: Int[Tensor, " N"], across: Int[Tensor, " N"]
+) -> Shaped[Tensor, "N C H W"]:
+    """What each image shows, so many whole pixels further down and across, its edges repeated: DrQ's shift (arXiv
+    2004.13649, section 3.1)."""
+    height, width = images.shape[2:]
+    rows = (down[:, None] + torch.arange(height, device=images.device)).clamp(0, height - 1)
+    columns = (across[:, None] + torch.arange(width, device=images.device)).clamp(0, width - 1)
+    moved = images.gather(2, rows[:, None, :, None].expand(images.shape))
+    return moved.gather(3, columns[:, None, None, :].expand(images.shape))
