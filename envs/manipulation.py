@@ -40,7 +40,7 @@ def make_manipulation(
     time_limit: int | None,
 ) -> gym.Env:
     """A task whose ``render`` is a square picture by the task's own camera, with the arm all but transparent, as in
-    OGBench's pixel tasks; with ``obs`` state the observation is OGBench's state.
+    OGBench's pixel tasks, whatever is observed; with ``obs`` state that is OGBench's state.
 
     Raises:
         UnsupportedSetting: both pixels and state, which the task has no observation for; no such camera.
@@ -54,7 +54,9 @@ def make_manipulation(
     # Its own renderer would draw each observation a second time, and switch OpenGL contexts behind our camera's back.
     blank = np.zeros((1, 1, 3), np.uint8)
     task.get_pixel_observation = lambda: blank
-    env.reset(seed=0)  # compiles the model, once and for all
+    task._ob_type = "pixels"  # the model to be drawn, whatever is observed
+    env.reset(seed=0)  # compiles it, once and for all
+    task._ob_type = kind
     index = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_CAMERA, "front_pixels") if camera is None else camera
     view = fixed_view(task.model, index)
     apply_profile(task.model, size, profile)

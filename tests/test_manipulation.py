@@ -67,8 +67,13 @@ def test_nothing_but_time_ends_an_episode() -> None:
 
 
 def test_state_is_ogbenchs_and_both_is_refused() -> None:
-    env = make_env("gym/ogbench:cube-single-v0", EnvConfig(obs="state"), seed=0)
+    """And the picture is the same, whatever is observed: goals are looked at, not observed."""
+    env = make_env(TASK, EnvConfig(size=32), seed=0)
+    picture = env.reset()[0].transpose(1, 2, 0)
+    env.close()
+    env = make_env("gym/ogbench:cube-single-v0", EnvConfig(obs="state", size=32), seed=0)
     state, _ = env.reset()
+    np.testing.assert_array_equal(env.render(), picture)
     _, data = simulation(env)
     np.testing.assert_allclose(state[:6], data.qpos[:6], rtol=1e-6)
     env.close()
