@@ -84,7 +84,8 @@ class Scripted(gym.Wrapper):
 
     def __init__(self, env: gym.Env, noise: float = 0.1) -> None:
         super().__init__(env)
-        if env.unwrapped.spec is None or not str(env.unwrapped.spec.entry_point).startswith(_ENTRY):
+        spec = env.unwrapped.spec
+        if spec is None or not is_manipulation(spec.id):
             raise UnsupportedSetting("scripted actions exist for OGBench's manipulation tasks only")
         self.observation_space = gym.spaces.Dict({"observation": env.observation_space, "action": env.action_space})
         self._noise = noise

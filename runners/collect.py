@@ -121,7 +121,8 @@ def collect(config: CollectConfig, *, quiet: bool = False) -> About:
     if config.from_hdf5 is not None and config.from_minari is not None:
         raise ConfigError("--from-hdf5 and --from-minari were both given; import one at a time")
     with StopOnSignal() as stop:
-        known = None if config.task is None else config.env
+        # The policy says whether there is a script; the data are of the task as it is without one.
+        known = None if config.task is None else replace(config.env, scripted=False)
         about = About(policy=config.policy, task=config.task, env=known, seed=config.seed)
         if config.from_hdf5 is not None:
             total, episodes = from_hdf5(Path(config.from_hdf5), about, column=config.column, resize=config.resize)

@@ -119,15 +119,15 @@ def test_scripted_episodes_are_recorded_with_the_scripts_actions(tmp_path: Path)
         policy="scripted",
         episodes=2,
         seed=5,
-        env=EnvConfig(obs="state", time_limit=8),
+        env=EnvConfig(obs="state", time_limit=8, scripted=True),
     )
     collect(config, quiet=True)
     data = Dataset(tmp_path / "cubes")
     assert data.physics is not None
     assert data.about is not None
     assert data.about.starts is not None
-    assert data.about.env == config.env
-    env = make_env(TASK, replace(config.env, physics=True))
+    assert data.about.env == replace(config.env, scripted=False)
+    env = make_env(TASK, replace(data.about.env, physics=True))
     for (seed, episode), (stream, first, length) in zip(data.about.starts, data.spans, strict=True):
         batch = data.replay.take(np.array([stream]), np.array([first]), length)
         rows = [env.reset(seed=seed, options={"episode": episode})[0]]
