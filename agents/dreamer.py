@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from agents.beside import one_after_the_other, side_by_side
 from agents.captured import Captured, Watch, send
 from agents.returns import lambda_return
 from worldmodels import ranks
-from worldmodels.interface import Batch, State, WorldModel
+from worldmodels.interface import Batch, Predicted, State, WorldModel
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class DreamerConfig:
     """Weight of the entropy bonus, against returns of scale 1."""
     replay_value_weight: float = 0.3
     """Weight of the critic's loss on replayed rows, whose gradient reaches the encoder."""
+    rollout_value_weight: float = 0.3
+    """Weight of the critic's loss on open-loop predictions of replayed rows, 1 to --model.rollout steps ahead: its
+    gradient makes the model predict what the value depends on, as in MuZero (arXiv 1911.08265)."""
     behaviour_every: int = 1
     """Updates of the world model for each one of policy and critic, which are quicker learners."""
     policy_average: float = 0.0
@@ -264,12 +268,19 @@ class DreamerAgent:
 
     def _model_losses(self, batch: Batch, embedded: tuple[State, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """What learning from the replayed rows themselves minimises, and metrics."""
-        states = embedded[0]
+        cfg = self.config
         with self._autocast():
-            model_loss, metrics = self.model.losses(batch, embedded)
-            value_loss = self._replay_value_loss(batch, self.model.feat(states), self.model.settled(states))
-        means = {"model_loss": model_loss.detach(), "replay_value_loss": value_loss.detach()}
-        return model_loss + self.config.replay_value_weight * value_loss, metrics | means
+            model_loss, metrics, predicted = self.model.losses(batch, embedded)
+            replay_loss, rollout_loss = self._value_losses(batch, embedded[0], predicted)
+        metrics |= {
+            "model_loss": model_loss.detach(),
+            "replay_value_loss": replay_loss.detach(),
+            "rollout_value_loss": rollout_loss.detach(),
+        }
+        return (
+            model_loss + cfg.replay_value_weight * replay_loss + cfg.rollout_value_weight * rollout_loss,
+            metrics,
+        )
 
     def _learn_behaviour(self, states: State, ended: Bool[Tensor, " R"]) -> Behaviour:
         """Gradients of policy and critic from imagination. Touches no parameter's ``grad``."""
@@ -296,21 +307,27 @@ class DreamerAgent:
         ranks.sum_in_place([*gradients, values])
         return dict(zip(metrics, values.unbind(), strict=True))
 
-    def _replay_value_loss(
-        self, batch: Batch, feat: Float[Tensor, "R F"], settled: Bool[Tensor, " R"]
-    ) -> Float[Tensor, ""]:
-        """The critic's λ-return loss along the replayed rows themselves."""
+    def _value_losses(self, batch: Batch, states: State, predicted: Predicted) -> tuple[Tensor, Tensor]:
+        """The critic's λ-return losses along the replayed rows: of the rows themselves, and of what was predicted of
+        them."""
         b, t = batch.reward.shape
+        feat = self.model.feat(states)
         with torch.no_grad():
             value = self.critic.value(feat).view(b, t)
             discount = self.config.discount * (~batch.is_terminal[:, 1:]).float()
             target = lambda_return(
                 batch.reward[:, 1:], discount, value[:, 1:], self.config.replay_lam, cut=batch.is_last[:, 1:]
             )
-        # An is_last row leads nowhere; rows early in the sample lack the memory that acting would have had.
-        mask = (~batch.is_last[:, :-1] & settled.view(b, t)[:, :-1]).float()
-        loss = self.critic.loss(feat.view(b, t, -1)[:, :-1], target)
-        return (loss * mask).sum() / ranks.sum_over_ranks(mask.sum()).clamp(min=1)
+        # An is_last row leads nowhere, a sample's last row nowhere known; rows early in the sample lack the memory that
+        # acting would have had.
+        counted = (~batch.is_last & self.model.settled(states).view(b, t))[:, :-1].float()
+        target, counted = (F.pad(x, (0, 1)).flatten() for x in (target, counted))
+        alive = counted[predicted.row] * predicted.alive
+        of_rows, of_alive = ranks.sum_over_ranks(torch.stack([counted.sum(), alive.sum()])).clamp(min=1)
+        loss = self.critic.loss(
+            torch.cat([feat, self.model.feat(predicted.states)]), torch.cat([target, target[predicted.row]])
+        )
+        return (loss[: b * t] * counted).sum() / of_rows, (loss[b * t :] * alive).sum() / of_alive
 
     def _choose_starts(self, states: State, ended: Bool[Tensor, " R"]) -> State:
         """Random settled states that did not end an episode by themselves, detached."""

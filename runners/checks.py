@@ -165,6 +165,7 @@ def _check_model_and_agent(config: Config) -> None:
         "--model.cont-weight": model.cont_weight,
         "--dreamer.entropy": agent.entropy,
         "--dreamer.replay-value-weight": agent.replay_value_weight,
+        "--dreamer.rollout-value-weight": agent.rollout_value_weight,
         "--dreamer.model-lr": agent.model_lr,
         "--dreamer.behaviour-lr": agent.behaviour_lr,
         "--dreamer.clip": agent.clip,

@@ -18,7 +18,7 @@ from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
 from agents.interface import NonFiniteLoss
 from tests.toys import Point, PointState
 from worldmodels.encoder import ConvConfig
-from worldmodels.interface import Batch
+from worldmodels.interface import Batch, Predicted
 from worldmodels.lewm import LeWMConfig, build_world_model
 from worldmodels.predictor import WindowConfig
 from worldmodels.transformer import TransformerConfig
@@ -33,6 +33,7 @@ CONFIG = DreamerConfig(
     replay_lam=0.7,
     entropy=1e-3,
     replay_value_weight=0.3,
+    rollout_value_weight=0.3,
     behaviour_every=1,
     policy_average=0.9,
     model_lr=1e-3,
@@ -233,7 +234,8 @@ def test_an_update_moves_every_parameter_and_answers_finite_metrics(estimator: E
             assert parameter.dtype == torch.float32
             assert parameter.requires_grad != (group == "average_policy" or name.startswith("slow."))
     expected = {"model_loss", "pred_loss", "sigreg_loss", "reward_loss", "policy_loss", "critic_loss"}
-    expected |= {"replay_value_loss", "imagined_return", "model_grad_norm", "policy_grad_norm", "critic_grad_norm"}
+    expected |= {"replay_value_loss", "rollout_value_loss", "imagined_return"}
+    expected |= {f"{name}_grad_norm" for name in ("model", "policy", "critic")}
     assert expected <= set(metrics)
     for name, value in metrics.items():
         assert value.shape == (), name
@@ -308,12 +310,24 @@ def test_the_policy_s_gradient_leaves_none_in_the_model_or_the_critic() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(one["policy"], louder["policy"], strict=True))
 
 
-def test_the_replayed_value_loss_reaches_the_encoder_by_its_weight() -> None:
+@pytest.mark.parametrize("weight", ["replay_value_weight", "rollout_value_weight"])
+def test_the_value_losses_reach_the_model_by_their_weights(weight: str) -> None:
     """Gradients are linear in the weight: g(0.6) − g(0.3) = g(0.3) − g(0), and not zero."""
-    none, some, more = (still_gradients(Pathwise(), replay_value_weight=w)["model"] for w in (0.0, 0.3, 0.6))
+    none, some, more = (still_gradients(Pathwise(), **{weight: w})["model"] for w in (0.0, 0.3, 0.6))
     for a, b, c in zip(none, some, more, strict=True):
         torch.testing.assert_close(c - b, b - a, rtol=1e-2, atol=1e-5)
     assert any(bool((b - a).abs().max() > 1e-4) for a, b in zip(none, some, strict=True))
+
+
+def test_what_is_predicted_of_a_row_answers_for_its_value() -> None:
+    """The loss on predictions alone, one step ahead, moves what turns a prediction's features into the next latent:
+    on the rows themselves that changes nothing."""
+    changes = {"model": replace(MODEL, rollout=1, rollout_weight=0.0), "replay_value_weight": 0.0}
+    out = [name for name, _ in pixel_agent(**changes).model.named_parameters()].index("predictor.out.weight")
+    with_it, without = (still_gradients(Pathwise(), **changes, rollout_value_weight=w) for w in (0.3, 0.0))
+    of_rows = still_gradients(Pathwise(), **changes | {"replay_value_weight": 0.3}, rollout_value_weight=0.0)
+    assert torch.equal(of_rows["model"][out], without["model"][out])
+    assert float((with_it["model"][out] - without["model"][out]).abs().max()) > 1e-4
 
 
 def test_gradients_are_clipped_for_each_part_alone() -> None:
@@ -617,7 +631,7 @@ def worth(feat: Tensor, gamma: float = 0.9) -> Tensor:
 
 def countdown_batch() -> Batch:
     """Three episodes in one row of a sample: one ends, one is truncated, one goes on; and each in another order."""
-    ends = [(4, 1), (5, 0), (3, 0)]
+    ends = [(5, 1), (5, 0), (3, 0)]
     rows = []
     for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 0, 2)):
         row: list[tuple[float, ...]] = []
@@ -631,17 +645,41 @@ def countdown_batch() -> Batch:
     return Batch(table[..., :2].clone(), torch.zeros(4, 11, 1), table[..., 2].clone(), *flags)
 
 
-def value_loss(name: str, batch: Batch, value: Callable[[Tensor], Tensor] = worth, **lams: float) -> float:
+def value_loss(
+    name: str,
+    batch: Batch,
+    value: Callable[[Tensor], Tensor] = worth,
+    model: Countdown | None = None,
+    **lams: float,
+) -> float:
     """The mean squared distance of the critic's targets, on replayed or on imagined rows, from a known value."""
-    agent = DreamerAgent(Countdown(), 1, Pathwise(), replace(CONFIG, discount=0.9, starts=4, horizon=3, **lams))
+    config = replace(CONFIG, discount=0.9, starts=4, horizon=3, **lams)
+    agent = DreamerAgent(model or Countdown(), 1, Pathwise(), config)
     agent.critic = KnownValue(value)  # type: ignore[assignment]
     return float(agent.update(batch)[name])
 
 
+ON_ROWS = pytest.mark.parametrize("name", ["replay_value_loss", "rollout_value_loss"])
+
+
+@ON_ROWS
 @pytest.mark.parametrize("lam", [0.0, 0.8, 1.0])
-def test_returns_on_replayed_rows_are_the_true_values(lam: float) -> None:
+def test_returns_on_replayed_rows_are_the_true_values(lam: float, name: str) -> None:
     """Rewards, ends, cuts and bootstraps line up on every row that counts: the target is the true value whatever λ."""
-    assert value_loss("replay_value_loss", countdown_batch(), replay_lam=lam) < 1e-9
+    assert value_loss(name, countdown_batch(), replay_lam=lam) < 1e-9
+
+
+class Jumpy(Countdown):
+    """What it predicts of an episode's first row is far off."""
+
+    def losses(self, batch: Batch, embedded: tuple[PointState, None]) -> tuple[Tensor, dict[str, Tensor], Predicted]:
+        loss, metrics, predicted = super().losses(batch, embedded)
+        wrong = torch.where(predicted.alive[:, None] == 1, predicted.states.x, predicted.states.x + 9)
+        return loss, metrics, predicted._replace(states=PointState(wrong))
+
+
+def test_a_prediction_of_another_episode_does_not_count() -> None:
+    assert value_loss("rollout_value_loss", countdown_batch(), model=Jumpy()) < 1e-9
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.8, 1.0])
@@ -672,5 +710,6 @@ def test_replayed_and_imagined_returns_have_a_lambda_each() -> None:
     ],
     ids=["truncation taken for an end", "an end taken for a truncation", "no cut", "cut a row late", "reward early"],
 )
-def test_a_wrong_ending_makes_them_wrong(wrong: Any) -> None:
-    assert value_loss("replay_value_loss", wrong(countdown_batch()), replay_lam=0.8) > 0.01
+@ON_ROWS
+def test_a_wrong_ending_makes_them_wrong(wrong: Any, name: str) -> None:
+    assert value_loss(name, wrong(countdown_batch()), replay_lam=0.8) > 0.01

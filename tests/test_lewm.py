@@ -164,6 +164,18 @@ def test_rolled_out_states_meet_their_rewards_too() -> None:
     assert float(terms["reward_loss"]) == pytest.approx(4 / 6 + 2 * 4 / 11)
 
 
+def test_predictions_name_the_rows_that_they_are_of() -> None:
+    """Those of an exact model are their rows' latents, as long as they stay in the episode that they began in."""
+    batch, model = exact_world(Momentum(), 12, (0, 6)), toy(Momentum(), rollout=4)
+    _, _, predicted = model.losses(batch, model.embed(batch))
+    latent, alive = predicted.states.z[:, -1, 0], predicted.alive == 1
+    row = batch.obs.flatten()[predicted.row]
+    assert torch.equal(latent[alive], row[alive])
+    assert not (latent[~alive] == row[~alive]).all()
+    # Of 11 one step ahead and 8 each 2, 3 and 4 ahead, as many as do not cross into the second episode, in 3 samples.
+    assert int(alive.sum()) == 3 * (10 + 6 + 5 + 4)
+
+
 def test_errors_of_a_drifting_model_grow_as_computed_by_hand() -> None:
     """A drift of 1/4 a step: (1/4)² after one, (k/4)² after k steps, for every start that has them behind it."""
     batch = exact_world(Copy(), 12, (0, 7))

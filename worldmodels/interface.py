@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 
@@ -40,6 +40,17 @@ Metrics = dict[str, Float[Tensor, ""]]
 
 State = Any
 """A world model's memory at one moment, a NamedTuple of (B, …) tensors. Opaque to agents."""
+
+
+class Predicted(NamedTuple):
+    """Open-loop predictions of a batch's rows, from earlier rows and the recorded actions; R in all."""
+
+    states: State
+    """(R, …)."""
+    row: Int[Tensor, " R"]
+    """Which row each predicts, of all B*T, row-major over B then T."""
+    alive: Float[Tensor, " R"]
+    """1 where that row still belongs to the episode that the prediction started in, else 0."""
 
 
 @runtime_checkable
@@ -152,12 +163,12 @@ class WorldModel(nn.Module):
         """The encoder's gradients, from all that has reached the embedding so far. Once, after ``embed`` with cut."""
         raise NotImplementedError
 
-    def losses(self, batch: Batch, embedded: tuple[State, Any]) -> tuple[Float[Tensor, ""], Metrics]:
-        """The loss of what ``embed`` made of the batch, and metrics."""
+    def losses(self, batch: Batch, embedded: tuple[State, Any]) -> tuple[Float[Tensor, ""], Metrics, Predicted]:
+        """The loss of what ``embed`` made of the batch, metrics, and the predictions it was learned from."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], State, Metrics]:
         """``embed`` and ``losses`` in one: the loss, the states, and metrics."""
         embedded = self.embed(batch)
-        loss, metrics = self.losses(batch, embedded)
+        loss, metrics, _ = self.losses(batch, embedded)
         return loss, embedded[0], metrics

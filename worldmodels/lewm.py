@@ -29,7 +29,7 @@ from worldmodels.encoder import (
     random_shift,
 )
 from worldmodels.heads import ContinueHead, ScalarHead, mlp_trunk
-from worldmodels.interface import Batch, CachingPredictor, Metrics, Predictor, State, WorldModel
+from worldmodels.interface import Batch, CachingPredictor, Metrics, Predicted, Predictor, State, WorldModel
 from worldmodels.predictor import WindowConfig, WindowPredictor
 from worldmodels.sigreg import effective_rank, random_directions, sigreg
 from worldmodels.transformer import TransformerConfig, TransformerPredictor
@@ -312,7 +312,9 @@ class LeWorldModel(WorldModel):
         encoded, z = embedded[1][:2]
         encoded.backward(z.grad)
 
-    def losses(self, batch: Batch, embedded: tuple[LeWMState, LeWMEmbedded]) -> tuple[Float[Tensor, ""], Metrics]:
+    def losses(
+        self, batch: Batch, embedded: tuple[LeWMState, LeWMEmbedded]
+    ) -> tuple[Float[Tensor, ""], Metrics, Predicted]:
         """Mean losses over rows; see the module's docstring. Rows that follow an episode's end are never predicted.
 
         Of several ranks each gets its share (:mod:`worldmodels.ranks`), as if their batches were one.
@@ -339,7 +341,9 @@ class LeWorldModel(WorldModel):
             head_terms = self._head_losses(batch, self.feat(states), rolled, weight)
             terms |= head_terms
             loss = loss + cfg.reward_weight * head_terms["reward_loss"] + cfg.cont_weight * head_terms["cont_loss"]
-        return loss, {name: value.detach() for name, value in terms.items()}
+        rows = torch.arange(batch.reward.numel(), device=z.device).view_as(batch.reward)
+        predicted = Predicted(rolled.reached, _arrivals(rows, rolled.spans), rolled.mask)
+        return loss, {name: value.detach() for name, value in terms.items()}, predicted
 
     def _remembered(self, is_first: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """Rows whose window is all that acting would have had: full, or cut by an episode's start, not a sample's."""
