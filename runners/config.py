@@ -42,7 +42,7 @@ class LoopConfig:
     """Env_steps of random actions before learning starts."""
     pretrain: int = 100
     """Updates on the prefilled rows before the policy acts."""
-    train_ratio: float = 76.8
+    train_ratio: float = 38.4
     """Replayed rows for each agent step; updates per agent step are train_ratio / (batch × length)."""
     batch: int = 16
     """Sequences in an update, B."""
@@ -74,7 +74,7 @@ class Config:
     floor of every comparison. sac, td3, ppo and tqc are Stable-Baselines3's, each set up by the flags of its name."""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
-    env_steps: int = 360_000
+    env_steps: int = 320_000
     """Budget, in env_steps (simulator steps, action repeat included, over all environments)."""
     seed: int = 1
     """Fixes the weights, the environments, the exploration and the sampling."""
