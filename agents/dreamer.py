@@ -272,15 +272,9 @@ class DreamerAgent:
         with self._autocast():
             model_loss, metrics, predicted = self.model.losses(batch, embedded)
             replay_loss, rollout_loss = self._value_losses(batch, embedded[0], predicted)
-        metrics |= {
-            "model_loss": model_loss.detach(),
-            "replay_value_loss": replay_loss.detach(),
-            "rollout_value_loss": rollout_loss.detach(),
-        }
-        return (
-            model_loss + cfg.replay_value_weight * replay_loss + cfg.rollout_value_weight * rollout_loss,
-            metrics,
-        )
+        loss = model_loss + cfg.replay_value_weight * replay_loss + cfg.rollout_value_weight * rollout_loss
+        terms = {"model_loss": model_loss, "replay_value_loss": replay_loss, "rollout_value_loss": rollout_loss}
+        return loss, metrics | {name: term.detach() for name, term in terms.items()}
 
     def _learn_behaviour(self, states: State, ended: Bool[Tensor, " R"]) -> Behaviour:
         """Gradients of policy and critic from imagination. Touches no parameter's ``grad``."""
