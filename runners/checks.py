@@ -134,6 +134,7 @@ def _check_model_and_agent(config: Config) -> None:
         "--model.conv.hidden": model.conv.hidden,
         "--model.keypoint.stem": model.keypoint.stem,
         "--model.keypoint.keypoints": model.keypoint.keypoints,
+        "--model.keypoint.kernel": model.keypoint.kernel,
         "--model.keypoint.hidden": model.keypoint.hidden,
         "--dreamer.policy.units": agent.policy.units,
         "--dreamer.critic.units": agent.critic.units,
@@ -155,6 +156,8 @@ def _check_model_and_agent(config: Config) -> None:
     for flag, value in unit.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"{flag} is {value}, but must lie in 0 to 1")
+    if model.keypoint.kernel % 2 == 0:
+        raise ConfigError(f"--model.keypoint.kernel is {model.keypoint.kernel}, but must be odd to have a middle")
     if not (model.keypoint.sharpness > 0 and math.isfinite(model.keypoint.sharpness)):
         raise ConfigError(f"--model.keypoint.sharpness is {model.keypoint.sharpness}, but must be finite and above 0")
     weights = {

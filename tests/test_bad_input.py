@@ -123,6 +123,8 @@ def test_cuda_without_cuda(words: list[str], tmp_path: Path, capsys: pytest.Capt
         ("num-envs", -1),
         ("seed", -1),
         ("model.keypoint.sharpness", 0),
+        ("model.keypoint.kernel", 0),
+        ("model.keypoint.kernel", 2),
         ("mpc.horizon", 0),
         ("mpc.proposals", -1),
         ("mpc.noise", -0.5),

@@ -134,23 +134,25 @@ def test_the_whole_image_matters() -> None:
     assert float((x.grad.abs().sum((0, 1)) > 0).float().mean()) > 0.9
 
 
-def dot_finder(contrast: float = 40.0) -> KeypointEncoder:
+def dot_finder(contrast: float = 40.0, kernel: int = 1) -> KeypointEncoder:
     """One keypoint that follows what is bright in the first channel."""
-    encoder = KeypointEncoder((1, 64, 64), 5, KeypointConfig(stem=1, keypoints=1, hidden=8, sharpness=1.0))
+    config = KeypointConfig(stem=1, keypoints=1, kernel=kernel, hidden=8, sharpness=1.0)
+    encoder = KeypointEncoder((1, 64, 64), 5, config)
     with torch.no_grad():
         encoder.stem.weight.fill_(1 / 64)
         encoder.maps.weight.zero_()
-        encoder.maps.weight[0, 0, 1, 1] = contrast
+        encoder.maps.weight[0, 0, kernel // 2, kernel // 2] = contrast
         encoder.stem.bias.zero_()
     return encoder
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize(("row", "column"), [(32, 32), (20, 44), (44, 12)])
-def test_a_keypoint_is_where_its_map_is_bright(row: int, column: int) -> None:
+def test_a_keypoint_is_where_its_map_is_bright(row: int, column: int, kernel: int) -> None:
     """A bright square of 8 pixels centred between rows ``row`` − 1 and ``row``, in a grid of 15 over 64 pixels."""
     image = torch.zeros(1, 1, 64, 64)
     image[..., row - 4 : row + 4, column - 4 : column + 4] = 1.0
-    across, down = dot_finder().positions(image)[0, :, 0].tolist()
+    across, down = dot_finder(kernel=kernel).positions(image)[0, :, 0].tolist()
     # Cell i of the grid is centred on pixel 4·i + 3.5 and lies at −3 + 6·i/14.
     place = lambda pixel: -3 + 6 * ((pixel - 0.5 - 3.5) / 4) / 14  # noqa: E731
     assert across == pytest.approx(place(column), abs=0.02)

@@ -34,6 +34,9 @@ class KeypointConfig:
     """Output channels of the first convolution, 8×8 with stride 4."""
     keypoints: int = 32
     """Maps, each summed up by one position."""
+    kernel: int = 1
+    """Side of the second convolution, which makes the maps; odd. 3 sees a cell's neighbours, too, which about doubles
+    the encoder's time."""
     sharpness: float = 10.0
     """What the maps are multiplied by at the start, before the softmax; learned for each map."""
     hidden: int = 256
@@ -111,7 +114,7 @@ class KeypointEncoder(nn.Module):
         # The weights stay contiguous: fused Adam would pair channels_last ones wrongly with moments from a checkpoint.
         self.stem = nn.Conv2d(obs_shape[0], config.stem, 8, 4)
         # A softmax over positions does not see what is added to all of them.
-        self.maps = nn.Conv2d(config.stem, config.keypoints, 3, 1, padding=1, bias=False)
+        self.maps = nn.Conv2d(config.stem, config.keypoints, config.kernel, padding="same", bias=False)
         self.log_sharpness = nn.Parameter(torch.full((config.keypoints,), math.log(config.sharpness)))
         with torch.no_grad():
             height, width = self.stem(torch.zeros(1, *obs_shape)).shape[-2:]
@@ -131,7 +134,7 @@ class KeypointEncoder(nn.Module):
         weight = self.maps.weight * self.log_sharpness.exp().view(-1, 1, 1, 1)
         # channels_last is faster from the second convolution on; of three channels it is slower.
         y = self.stem(x).contiguous(memory_format=torch.channels_last)
-        maps = F.conv2d(F.relu(y), weight, padding=1)
+        maps = F.conv2d(F.relu(y), weight, padding="same")
         # In float32: bfloat16 would round positions to a fraction of a pixel.
         with torch.autocast(x.device.type, enabled=False):
             logits = maps.permute(0, 2, 3, 1).flatten(1, 2).float()
