@@ -219,7 +219,7 @@ def plain(axis: Axes) -> None:
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Every label once, above all panels."""
+    """Every label once, above all panels, in as many columns as fit."""
     entries: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -230,11 +230,15 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
         return label.endswith("published"), "from state" in label
 
     ordered = {label: entries[label] for label in sorted(entries, key=rank)}
-    figure.legend(
-        list(ordered.values()),
-        list(ordered),
-        loc="outside upper left",
-        ncols=min(len(entries), int(figure.get_figwidth() / 2)),
-        frameon=False,
-        fontsize=8.5,
-    )
+    for columns in range(min(len(ordered), int(figure.get_figwidth() / 2)), 0, -1):
+        drawn = figure.legend(
+            list(ordered.values()),
+            list(ordered),
+            loc="outside upper left",
+            ncols=columns,
+            frameon=False,
+            fontsize=8.5,
+        )
+        if drawn.get_window_extent().width <= figure.bbox.width or columns == 1:
+            return
+        drawn.remove()

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.autograd.profiler_util import FunctionEvent
 
@@ -28,7 +29,7 @@ from benchmarks import cuda, curves, speed
 from benchmarks.decision import PARTS as DECISION_PARTS
 from benchmarks.decision import PartClock, published_peer
 from benchmarks.peers import PeerUnavailable
-from benchmarks.plot import mean_curve, read_references
+from benchmarks.plot import legend, mean_curve, read_references
 from benchmarks.reference_size import random_batch, reference
 from benchmarks.run import parse as grid_of
 from benchmarks.stopwatch import Stopwatch
@@ -265,6 +266,22 @@ def test_a_picture_is_drawn_with_a_column_for_each_task(tmp_path: Path) -> None:
         assert image.width == pytest.approx(3 * 3.3 * 150, abs=1)
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
     assert (0x00, 0x72, 0xB2) in colours, "no thick line of the mean"
+
+
+@pytest.mark.parametrize(("letters", "columns"), [(5, 4), (45, 2), (200, 1)])
+def test_a_legend_has_as_many_columns_as_fit(letters: int, columns: int) -> None:
+    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    axis = figure.subplots()
+    for i in range(8):
+        axis.plot([0, 1], [0, i], label=f"{i}" + "n" * letters)
+    legend(figure, [axis])
+    figure.draw_without_rendering()
+    (drawn,) = figure.legends
+    places = [text.get_window_extent() for text in drawn.get_texts()]
+    assert len(places) == 8
+    assert len({round(place.x0) for place in places}) == columns
+    if columns > 1:  # one is all that can be done
+        assert max(place.x1 for place in places) <= figure.bbox.width
 
 
 def test_no_known_picture_format_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
