@@ -26,7 +26,7 @@ def reference(config: Config | None = None) -> Config:
         model=replace(
             cuda.model,
             latent_dim=256,
-            keypoint=KeypointConfig(stem=32, keypoints=64, kernel=3, hidden=units),
+            keypoint=KeypointConfig(stem=32, keypoints=64, hidden=units),
             window=WindowConfig(hidden=(1536, 1280)),
             head_units=units,
         ),

@@ -27,6 +27,7 @@ from runners.baseline_config import (
     TD3Config,
     TQCConfig,
 )
+from worldmodels.encoder import KeypointConfig
 from worldmodels.lewm import LeWMConfig, build_world_model
 
 AgentName = Literal["dreamer", "mpc", "random", "sac", "td3", "ppo", "tqc"]
@@ -127,6 +128,8 @@ class ConfigError(ValueError):
 
 def presets() -> dict[str, Config]:
     """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol."""
+    # Not the field's own default, which is what run folders without the field were made with.
+    cpu = Config(model=LeWMConfig(keypoint=KeypointConfig(kernel=1)))
     cuda = Config(
         env_steps=100_000,
         env=EnvConfig(render="canonical", action_repeat=2),
@@ -146,7 +149,7 @@ def presets() -> dict[str, Config]:
         td3=TD3Config(pixel_batch=256),
         tqc=TQCConfig(pixel_batch=256),
     )
-    return {"cpu": Config(), "cuda": cuda}
+    return {"cpu": cpu, "cuda": cuda}
 
 
 def parse_args(args: Sequence[str]) -> Config:

@@ -14,6 +14,7 @@ from agents.dreamer import DreamerConfig
 from envs import EnvConfig, closest
 from runners.checks import refuse_below
 from runners.config import Config, ConfigError, LoopConfig
+from runners.config import presets as online_presets
 from runners.dataset import Dataset
 from runners.transfer import UNKNOWN_TASK
 from worldmodels.lewm import PAPER, LeWMConfig
@@ -63,7 +64,9 @@ class PretrainConfig:
 
 def presets() -> dict[str, PretrainConfig]:
     """Defaults by name; data and run_dir are for the command line to say."""
-    cpu = PretrainConfig(data=tyro.MISSING, run_dir=tyro.MISSING)
+    # The sizes of runners.train, which starts from such a run with --init-from.
+    model = replace(online_presets()["cpu"].model, reward_weight=0.0, cont_weight=0.0)
+    cpu = PretrainConfig(data=tyro.MISSING, run_dir=tyro.MISSING, model=model)
     paper = replace(
         cpu,
         preset="paper",

@@ -134,7 +134,7 @@ def test_the_whole_image_matters() -> None:
     assert float((x.grad.abs().sum((0, 1)) > 0).float().mean()) > 0.9
 
 
-def dot_finder(contrast: float = 40.0, kernel: int = 1) -> KeypointEncoder:
+def dot_finder(contrast: float = 40.0, kernel: int = 3) -> KeypointEncoder:
     """One keypoint that follows what is bright in the first channel."""
     config = KeypointConfig(stem=1, keypoints=1, kernel=kernel, hidden=8, sharpness=1.0)
     encoder = KeypointEncoder((1, 64, 64), 5, config)

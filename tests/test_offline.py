@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from envs.physics import physical_names, physical_state, set_physical_state
 from runners import collect, pretrain
 from runners.behaviour import MixtureAgent
 from runners.config import ConfigError, read_config
+from runners.config import parse_args as train_args
 from runners.dataset import Dataset, Windows
 from runners.dataset_folder import About, DatasetError, Episode, write_dataset
 from runners.evaluate import main as evaluate
@@ -468,6 +470,13 @@ def test_a_pretraining_that_cannot_be(
 
 
 # -- starting with a pretrained model ----------------------------------------------------------------------------------
+
+
+def test_a_pretraining_has_the_sizes_of_a_training_on_a_processor() -> None:
+    """So that --init-from needs no --model flag, as in the README."""
+    alone = pretrain.parse_args(["--data", "data", "--run-dir", "runs/alone"]).model
+    online = train_args(["--preset", "cpu"]).model
+    assert dataclasses.replace(alone, reward_weight=online.reward_weight, cont_weight=online.cont_weight) == online
 
 
 def test_training_starts_with_the_pretrained_model(pretrained: Path, tmp_path: Path) -> None:
