@@ -59,14 +59,15 @@ class PretrainConfig:
     """auto takes CUDA where there is one."""
     threads: int = 0
     """CPU threads that PyTorch uses. 0: all cores."""
-    model: LeWMConfig = field(default_factory=lambda: LeWMConfig(reward_weight=0.0, cont_weight=0.0))
+    # The sizes of runners.train, which starts from such a run with --init-from.
+    model: LeWMConfig = field(
+        default_factory=lambda: replace(online_presets()["cpu"].model, reward_weight=0.0, cont_weight=0.0)
+    )
 
 
 def presets() -> dict[str, PretrainConfig]:
     """Defaults by name; data and run_dir are for the command line to say."""
-    # The sizes of runners.train, which starts from such a run with --init-from.
-    model = replace(online_presets()["cpu"].model, reward_weight=0.0, cont_weight=0.0)
-    cpu = PretrainConfig(data=tyro.MISSING, run_dir=tyro.MISSING, model=model)
+    cpu = PretrainConfig(data=tyro.MISSING, run_dir=tyro.MISSING)
     paper = replace(
         cpu,
         preset="paper",
