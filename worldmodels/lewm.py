@@ -41,7 +41,7 @@ from worldmodels.windows import unfold_windows
 class LeWMConfig:
     """The world model."""
 
-    latent_dim: int = 32
+    latent_dim: int = 64
     """Size of the latent z, D."""
     encoder: Literal["keypoint", "conv", "vit"] = "keypoint"
     """keypoint and conv are for 64×64 pixels; vit is the paper's, for 224×224. State is always read by an MLP."""
