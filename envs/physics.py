@@ -123,6 +123,18 @@ def physical_units(env: gym.Env) -> list[str]:
     return [*positions, *velocities, *[""] * model.na]
 
 
+def geom_places(env: gym.Env) -> dict[str, float]:
+    """Where the model has its named geoms, in m from their bodies: ``geom/<name>[0]`` to ``[2]``. It is the model's and
+    not the state's, and yet a task may draw it for each episode (dm_control's reacher and fish place their targets so).
+
+    Raises:
+        NoPhysics: the task is not simulated by MuJoCo.
+    """
+    model, _ = simulation(env)
+    named = ((mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_GEOM, geom), geom) for geom in range(model.ngeom))
+    return {f"geom/{name}[{i}]": float(model.geom_pos[geom, i]) for name, geom in named if name for i in range(3)}
+
+
 class WithPhysics(gym.Wrapper):
     """Adds to each observation the ``physics`` behind it, float64: a dict of both, the first named ``observation``
     unless it is a dict already.

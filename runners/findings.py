@@ -13,7 +13,7 @@ from runners import diagnosis_plots as plots
 from runners.action_effects import STEPS, action_effects
 from runners.config import ConfigError
 from runners.latents import geometry, open_loop, principal_axes
-from runners.probes import ProbeScores, Sets, probe, quantities
+from runners.probes import ProbeScores, Sets, probe
 from runners.questions import EDITS, QUESTIONS
 from runners.recordings import Recordings, follow, plain_observations
 from runners.report_page import Picture, Section, Table
@@ -31,8 +31,7 @@ _PANELS = 6
 def find_probes(subject: Subject) -> Finding:
     """What can be read of the physical state."""
     recordings = subject.recordings
-    assert recordings.physical is not None
-    names, values = quantities(subject.names, recordings.physical, subject.angles)
+    names, values = subject.quantities()
     if not names:
         raise ConfigError("nothing moved in the episodes played, so there is nothing to probe for")
     untrained = follow(subject.untrained, recordings)
@@ -251,7 +250,7 @@ def find_geometry(subject: Subject) -> Finding:
     found = geometry(z, recordings, loop.batch * loop.length, seed=subject.seed)
     colours = {"reward": recordings.reward, "agent steps since the start": recordings.step.astype(float)}
     if recordings.physical is not None:
-        names, values = quantities(subject.names, recordings.physical, subject.angles)
+        names, values = subject.quantities()
         colours = {name: values[:, i] for i, name in enumerate(names[:_PANELS])} or colours
     points, share = principal_axes(z)
     caption = f"The latents of all rows on their two principal axes, {100 * sum(share):.0f} % of the variance"

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from agents.interface import Agent
-from envs.physics import physical_state, put_back
+from envs.physics import geom_places, physical_state, put_back
 from worldmodels.interface import Batch, State
 from worldmodels.lewm import LeWorldModel
 
@@ -37,6 +37,8 @@ class Recordings(NamedTuple):
     reward: Float[np.ndarray, " R"]
     physical: Float[np.ndarray, "R P"] | None
     """The simulator's state at each row, where it can be read."""
+    drawn: dict[str, Float[np.ndarray, " R"]]
+    """What the model has in each row's episode that the state does not tell, a target's place among it, by name."""
     is_terminal: Shaped[np.ndarray, " R"]
     episode: Int64[np.ndarray, " R"]
     """Which episode of ``seed`` a row belongs to."""
@@ -99,8 +101,10 @@ def play(
     """
     fields: dict[str, list[Any]] = {name: [] for name in ("obs", "action", "reward", "physical", "is_terminal")}
     length, no_action = [], np.zeros(env.action_space.shape or (), np.float32)
+    places: list[dict[str, float]] = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed, options={"episode": episode})
+        places.append(geom_places(env) if physical else {})
         carry, reward, terminated, over, step = agent.initial(1), 0.0, False, False, 0
         while True:
             last = over or step == longest
@@ -125,6 +129,7 @@ def play(
         action=np.stack(fields["action"]).astype(np.float32),
         reward=np.stack(fields["reward"]).astype(np.float32),
         physical=np.stack(fields["physical"]) if physical else None,
+        drawn={name: np.repeat([of[name] for of in places], length) for name in places[0]},
         is_terminal=np.stack(fields["is_terminal"]).astype(bool),
         episode=np.repeat(np.arange(episodes), length),
         step=np.concatenate([np.arange(n) for n in length]),

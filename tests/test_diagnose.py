@@ -14,15 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from agents.random import RandomAgent
 from envs import EnvConfig, make_env
 from envs.edits import angles, recoloured, switched_gravity
-from envs.physics import physical_names, physical_state, set_physical_state
+from envs.physics import physical_names, physical_state, set_physical_state, simulation
 from runners.action_effects import agreement, directions, real_rewards
 from runners.diagnose import main
 from runners.latents import linear_baseline, principal_axes, straightness
 from runners.probes import Sets, linear_probe, mlp_probe, quantities, r_squared
 from runners.recordings import Recordings, play, split_episodes
 from runners.run import Run
+from runners.subject import Subject
 from runners.surprise import AFTER, auroc, frozen, simulate, skipped
 from tests.loop_helpers import COUNTING, TINY, Finished, config, contents, finished_run
 from worldmodels.interface import Batch
@@ -104,6 +106,7 @@ def recorded(lengths: list[int], action: np.ndarray) -> Recordings:
         action=action.astype(np.float32),
         reward=np.zeros(rows, np.float32),
         physical=None,
+        drawn={},
         is_terminal=np.zeros(rows, bool),
         episode=np.repeat(np.arange(len(lengths)), lengths),
         step=np.concatenate([np.arange(n) for n in lengths]),
@@ -208,6 +211,36 @@ def test_simulation_goes_on_from_a_recorded_state() -> None:
     green = simulate(env, recordings, starts, recoloured).obs[:, 0].astype(int)
     assert ((green[:, 1] > green[:, 0] + 50) & (green[:, 1] > green[:, 2] + 50)).any()
     np.testing.assert_array_equal(simulate(env, recordings, starts, untouched).obs, wanted)
+    env.close()
+
+
+def test_a_target_drawn_for_each_episode_is_a_quantity() -> None:
+    """The reacher's target is a geom of the model, which no physical state tells."""
+    env = make_env("dmc/reacher-easy", EnvConfig(obs="state"))
+    recordings = play(env, RandomAgent(2, seed=0), 3, 4, seed=7, physical=True)
+    model, _ = simulation(env)
+    last = model.geom("target").pos[:2]
+    nothing: Any = None
+    subject = Subject(
+        run=nothing,
+        model=nothing,
+        untrained=nothing,
+        viewer=None,
+        recordings=recordings,
+        followed=nothing,
+        names=physical_names(env),
+        angles=angles(env),
+        make_env=nothing,
+        seed=0,
+    )
+    names, values = subject.quantities()
+    assert [name for name in names if name.startswith("geom/")] == ["geom/target[0]", "geom/target[1]"]
+    places = values[:, [names.index(f"geom/target[{i}]") for i in range(2)]]
+    np.testing.assert_array_equal(places[-1], last)
+    assert len(np.unique(places, axis=0)) == 3
+    for episode in range(3):
+        assert len(np.unique(places[recordings.episode == episode], axis=0)) == 1
+    assert "sin qpos/shoulder" in names
     env.close()
 
 
