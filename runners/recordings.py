@@ -38,7 +38,7 @@ class Recordings(NamedTuple):
     physical: Float[np.ndarray, "R P"] | None
     """The simulator's state at each row, where it can be read."""
     drawn: dict[str, Float[np.ndarray, " R"]]
-    """What the model has in each row's episode that the state does not tell, a target's place among it, by name."""
+    """By name, what differs from episode to episode in the model, as a target's place, and is not in the state."""
     is_terminal: Shaped[np.ndarray, " R"]
     episode: Int64[np.ndarray, " R"]
     """Which episode of ``seed`` a row belongs to."""
@@ -129,7 +129,11 @@ def play(
         action=np.stack(fields["action"]).astype(np.float32),
         reward=np.stack(fields["reward"]).astype(np.float32),
         physical=np.stack(fields["physical"]) if physical else None,
-        drawn={name: np.repeat([of[name] for of in places], length) for name in places[0]},
+        drawn={
+            name: np.repeat([of[name] for of in places], length)
+            for name in places[0]
+            if len({of[name] for of in places}) > 1
+        },
         is_terminal=np.stack(fields["is_terminal"]).astype(bool),
         episode=np.repeat(np.arange(episodes), length),
         step=np.concatenate([np.arange(n) for n in length]),
