@@ -211,7 +211,8 @@ class ProcessSlot:
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), self._file),
             start_new_session=True,
-            env={"OMP_NUM_THREADS": "1", **os.environ},
+            # One thread each, Mesa's drawing too: side by side the workers fill the cores.
+            env={"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "0", **os.environ},
         )
         theirs.close()
         self._pipe = Connection(ours.detach())

@@ -62,6 +62,7 @@ def check_numbers(config: Config) -> None:
         ("--loop.view-steps", loop.view_steps, 0),
         ("--model.latent-dim", config.model.latent_dim, 1),
         ("--model.rollout", config.model.rollout, 1),
+        ("--model.rollout-every", config.model.rollout_every, 1),
         ("--dreamer.horizon", config.dreamer.horizon, 1),
         ("--dreamer.starts", config.dreamer.starts, 1),
         ("--dreamer.behaviour-every", config.dreamer.behaviour_every, 1),

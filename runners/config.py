@@ -128,8 +128,8 @@ class ConfigError(ValueError):
 
 def presets() -> dict[str, Config]:
     """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol."""
-    # Not the field's own default, which is what run folders without the field were made with.
-    cpu = Config(model=LeWMConfig(keypoint=KeypointConfig(kernel=1)))
+    # Not the fields' own defaults, which are what run folders without these fields were made with.
+    cpu = Config(model=LeWMConfig(keypoint=KeypointConfig(kernel=1), rollout_every=2))
     cuda = Config(
         env_steps=100_000,
         env=EnvConfig(render="canonical", action_repeat=2),

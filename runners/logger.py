@@ -134,16 +134,17 @@ class Logger:
     def image(self, tag: str, image: UInt8[np.ndarray, "H W 3"], *, env_steps: int) -> None:
         """An RGB picture for TensorBoard."""
         frame = _as_frames(image[None])[0]
-        self._encoded_image(tag, frame.shape, _encode(frame, format="PNG"), env_steps)
+        self._encoded_image(tag, frame.shape, _encode(Image.fromarray(frame), format="PNG"), env_steps)
 
     def video(self, tag: str, frames: UInt8[np.ndarray, "T H W 3"], fps: float, *, env_steps: int) -> None:
         """An RGB video for TensorBoard, as an animated GIF: the one moving picture its image page plays."""
-        first, *rest = _as_frames(frames)
+        # An octree finds a frame's 256 colours ten times as fast as what is done when nothing is said.
+        octree = Image.Quantize.FASTOCTREE
+        first, *more = (Image.fromarray(frame).quantize(method=octree) for frame in _as_frames(frames))
         # GIF counts in hundredths of a second, and browsers slow a frame of less than two down to ten.
         frame_ms = max(20, 10 * round(100 / fps))
-        more = [Image.fromarray(frame) for frame in rest]
         gif = _encode(first, format="GIF", save_all=True, append_images=more, duration=frame_ms, loop=0)
-        self._encoded_image(tag, first.shape, gif, env_steps)
+        self._encoded_image(tag, frames.shape[1:], gif, env_steps)
 
     def progress(
         self, *, env_steps: int, updates: int, return_: float | None = None, eval_return: float | None = None
@@ -277,7 +278,7 @@ def _as_frames(frames: Iterable[Any]) -> UInt8[np.ndarray, "T H W 3"]:
     return array
 
 
-def _encode(frame: UInt8[np.ndarray, "H W 3"], **options: Any) -> bytes:
+def _encode(image: Image.Image, **options: Any) -> bytes:
     buffer = BytesIO()
-    Image.fromarray(frame).save(buffer, **options)
+    image.save(buffer, **options)
     return buffer.getvalue()

@@ -109,6 +109,7 @@ def parse_args(args: Sequence[str]) -> PretrainConfig:
             ("--seed", config.seed, 0),
             ("--threads", config.threads, 0),
             ("--model.rollout", config.model.rollout, 1),
+            ("--model.rollout-every", config.model.rollout_every, 1),
             ("--model.latent-dim", config.model.latent_dim, 1),
         ]
     )

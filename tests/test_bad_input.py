@@ -149,6 +149,7 @@ def test_cuda_without_cuda(words: list[str], tmp_path: Path, capsys: pytest.Capt
         ("loop.checkpoint-every", 0),
         ("model.latent-dim", 0),
         ("model.rollout", 0),
+        ("model.rollout-every", 0),
         ("model.head-units", 0),
         ("model.sigreg-directions", 0),
         ("model.window.history", 0),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -126,12 +127,12 @@ def toy(predictor: Momentum, **changes: object) -> LeWorldModel:
 TERMS = ("pred_loss", "rollout_loss", "reward_loss", "cont_loss")
 
 
-@pytest.mark.parametrize("rollout", [2, 4, 20])
+@pytest.mark.parametrize(("rollout", "every"), [(2, 1), (4, 1), (20, 1), (4, 2), (5, 3)])
 @pytest.mark.parametrize("starts", [(), (0,), (1,), (0, 6), (3, 4, 9), (11,)])
-def test_an_exact_model_of_an_exact_world_has_no_loss(starts: tuple[int, ...], rollout: int) -> None:
+def test_an_exact_model_of_an_exact_world_has_no_loss(starts: tuple[int, ...], rollout: int, every: int) -> None:
     """Every latent, action, reward and flag meets the row it belongs to, and no episode predicts the next."""
     batch = exact_world(Momentum(), 12, starts)
-    _, _, terms = toy(Momentum(), rollout=rollout).loss(batch)
+    _, _, terms = toy(Momentum(), rollout=rollout, rollout_every=every).loss(batch)
     assert {name: float(terms[name]) for name in TERMS} == dict.fromkeys(TERMS, 0.0)
 
 
@@ -164,16 +165,27 @@ def test_rolled_out_states_meet_their_rewards_too() -> None:
     assert float(terms["reward_loss"]) == pytest.approx(4 / 6 + 2 * 4 / 11)
 
 
-def test_predictions_name_the_rows_that_they_are_of() -> None:
+@pytest.mark.parametrize(
+    ("changes", "total", "kept"),
+    [
+        # Of 11 one step ahead and 8 each 2, 3 and 4 ahead, as many as do not cross into the second episode.
+        ({}, 11 + 3 * 8, 10 + 6 + 5 + 4),
+        # From rows 0, 2, 4 and 6: 4 crosses after two steps, 2 after four.
+        ({"rollout_every": 2}, 11 + 3 * 4, 10 + 3 + 3 + 2),
+        # None from row 0, before which the sample has no row.
+        ({"cut_windows": False}, 10 + 3 * 7, 9 + 5 + 4 + 3),
+        ({"cut_windows": False, "rollout_every": 3}, 10 + 3 * 3, 9 + 2 + 2 + 2),
+    ],
+)
+def test_predictions_name_the_rows_that_they_are_of(changes: dict[str, Any], total: int, kept: int) -> None:
     """Those of an exact model are their rows' latents, as long as they stay in the episode that they began in."""
-    batch, model = exact_world(Momentum(), 12, (0, 6)), toy(Momentum(), rollout=4)
+    batch, model = exact_world(Momentum(), 12, (0, 6)), toy(Momentum(), rollout=4, **changes)
     _, _, predicted = model.losses(batch, model.embed(batch))
     latent, alive = predicted.states.z[:, -1, 0], predicted.alive == 1
     row = batch.obs.flatten()[predicted.row]
     assert torch.equal(latent[alive], row[alive])
     assert not (latent[~alive] == row[~alive]).all()
-    # Of 11 one step ahead and 8 each 2, 3 and 4 ahead, as many as do not cross into the second episode, in 3 samples.
-    assert int(alive.sum()) == 3 * (10 + 6 + 5 + 4)
+    assert (len(alive), int(alive.sum())) == (3 * total, 3 * kept)
 
 
 def test_errors_of_a_drifting_model_grow_as_computed_by_hand() -> None:

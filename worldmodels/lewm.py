@@ -61,6 +61,9 @@ class LeWMConfig:
     """Random directions a step, M."""
     rollout: int = 6
     """Steps that predictions are fed back for in the rollout loss; keep the imagination horizon within it. 1: none."""
+    rollout_every: int = 1
+    """Rows from one start of the rollout loss to the next; 2 makes it half as dear. One step is predicted from every
+    row."""
     rollout_weight: float = 1.0
     """Weight of the rollout loss: the mean squared error of the predictions fed back for 2 to ``rollout`` steps."""
     cut_windows: bool = False
@@ -131,8 +134,10 @@ class LeWMEmbedded(NamedTuple):
 class Rollout(NamedTuple):
     """Open-loop predictions of 1, 2, … steps, one step after the other; R rows in all."""
 
-    spans: list[tuple[int, int]]
-    """(k, n) for each number of steps k: rows k .. k+n−1 of every sequence are what is predicted."""
+    spans: list[slice]
+    """For each number of steps: the rows of every sequence that are predicted."""
+    sizes: list[int]
+    """For each number of steps: how many rows these are, of all sequences together."""
     reached: LeWMState
     """The predicted states (R,…)."""
     error: Float[Tensor, " R"]
@@ -145,15 +150,10 @@ class Rollout(NamedTuple):
         return len(self.spans)
 
     def errors(self, k: int) -> Float[Tensor, " N"]:
-        return self._of(self.error, k)
+        return self.error.split(self.sizes)[k - 1]
 
     def alive(self, k: int) -> Float[Tensor, " N"]:
-        return self._of(self.mask, k)
-
-    def _of(self, x: Tensor, k: int) -> Tensor:
-        streams = len(self.error) // sum(n for _, n in self.spans)
-        before = sum(n for _, n in self.spans[: k - 1])
-        return x[streams * before : streams * (before + self.spans[k - 1][1])]
+        return self.mask.split(self.sizes)[k - 1]
 
 
 class LeWorldModel(WorldModel):
@@ -357,25 +357,27 @@ class LeWorldModel(WorldModel):
         return sigreg(sample, directions, over_ranks=True)
 
     def _rollout(self, batch: Batch, z: Float[Tensor, "B T D"], after: LeWMState) -> Rollout:
-        """Open-loop predictions 1..rollout steps from every row that has that many behind it."""
-        b, t, _ = z.shape
-        steps = min(self.config.rollout, t - 1)
-        starts = t - steps
-        # Step 1 is predicted from every row; only those that have all the steps behind them go on.
-        spans = [(1, t - 1), *((k, starts) for k in range(2, steps + 1))]
-        state = LeWMState(*(x.view(b, t - 1, *x.shape[1:])[:, :starts].flatten(0, 1) for x in after))
-        states = [after]
+        """Open-loop predictions: one step from every row, 2 to ``rollout`` steps from every ``rollout_every``-th row
+        that has as many behind it. Not where a window is cut short and teaches nothing."""
+        cfg, t = self.config, z.shape[1]
+        steps = min(cfg.rollout, t - 1)
+        first = 0 if cfg.cut_windows else min(self.history - 1, t - 1 - steps)
+        near, far = slice(first, t - 1), slice(first, t - steps, cfg.rollout_every)
+        begun = [
+            LeWMState(*(x.unflatten(0, (-1, t - 1))[:, rows].flatten(0, 1) for x in after)) for rows in (near, far)
+        ]
         same = ~batch.is_first
         survive = same[:, 1:] & self._remembered(batch.is_first)[:, :-1]
-        alive = [survive]
+        spans, states, alive = [_later(near, 1)], [begun[0]], [survive[:, near]]
+        state, survive = begun[1], survive[:, far]
         for k in range(2, steps + 1):
-            state = self.imagine(state, batch.action[:, k - 1 : k - 1 + starts].flatten(0, 1))
-            states.append(state)
-            survive = survive[:, :starts] & same[:, k : k + starts]
-            alive.append(survive)
+            state = self.imagine(state, batch.action[:, _later(far, k - 1)].flatten(0, 1))
+            survive = survive & same[:, _later(far, k)]
+            spans, states, alive = [*spans, _later(far, k)], [*states, state], [*alive, survive]
         reached = LeWMState(*(torch.cat(x) for x in zip(*states, strict=True)))
         error = (reached.z[:, -1] - _arrivals(z, spans)).square().mean(-1)
-        return Rollout(spans, reached, error, torch.cat([x.flatten() for x in alive]).float())
+        mask = torch.cat([x.flatten() for x in alive]).float()
+        return Rollout(spans, [x.numel() for x in alive], reached, error, mask)
 
     def _known(self, batch: Batch) -> Float[Tensor, " N"]:
         """1 for each row whose reward follows from what is remembered: no action led to an is_first row."""
@@ -390,7 +392,7 @@ class LeWorldModel(WorldModel):
         going = 1.0 - batch.is_terminal.float()
         feat = torch.cat([real, self.feat(rolled.reached)])
         read = self.head_trunk(feat if self.config.head_gradient else feat.detach())
-        spans = [(0, t), *rolled.spans]
+        spans = [slice(0, t), *rolled.spans]
         reward = self.reward_head.loss(read, _arrivals(batch.reward, spans))
         cont = self.cont_head.loss(read, _arrivals(going, spans))
         return {"reward_loss": (weight * reward).sum(), "cont_loss": (weight * cont).sum()}
@@ -414,17 +416,21 @@ class LeWorldModel(WorldModel):
         }
         rows, scale = z.view(b, t, -1), variance.mean().clamp(min=1e-8)
         for k in sorted({1, rolled.steps}):
-            n = rolled.spans[k - 1][1]
-            copied = (rows[:, k : k + n] - rows[:, :n]).square().mean(-1).flatten()
+            span = rolled.spans[k - 1]
+            copied = (rows[:, span] - rows[:, _later(span, -k)]).square().mean(-1).flatten()
             alive = rolled.alive(k)
             out[f"open_loop_error_{k}"] = _masked_mean(rolled.errors(k), alive, alive.sum()) / scale
             out[f"copy_last_error_{k}"] = _masked_mean(copied, alive, alive.sum()) / scale
         return {name: float(value) for name, value in out.items()}
 
 
-def _arrivals(x: Shaped[Tensor, "B T *X"], spans: list[tuple[int, int]]) -> Shaped[Tensor, "R *X"]:
-    """For each span (k, n), one after the other: rows k .. k+n−1 of every sequence."""
-    return torch.cat([x[:, k : k + n].flatten(0, 1) for k, n in spans])
+def _later(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by, rows.step)
+
+
+def _arrivals(x: Shaped[Tensor, "B T *X"], spans: list[slice]) -> Shaped[Tensor, "R *X"]:
+    """The rows of all sequences that each span names, one span after the other."""
+    return torch.cat([x[:, span].flatten(0, 1) for span in spans])
 
 
 def _masked_mean(x: Float[Tensor, " R"], mask: Float[Tensor, " R"], count: Float[Tensor, ""]) -> Float[Tensor, ""]:
