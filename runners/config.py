@@ -75,7 +75,7 @@ class Config:
     floor of every comparison. sac, td3, ppo and tqc are Stable-Baselines3's, each set up by the flags of its name."""
     run_dir: str = "runs/default"
     """Folder of the run: config, metrics, evaluations, TensorBoard events, checkpoints and replay."""
-    env_steps: int = 320_000
+    env_steps: int = 340_000
     """Budget, in env_steps (simulator steps, action repeat included, over all environments)."""
     seed: int = 1
     """Fixes the weights, the environments, the exploration and the sampling."""
