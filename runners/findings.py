@@ -31,7 +31,7 @@ _PANELS = 6
 def find_probes(subject: Subject) -> Finding:
     """What can be read of the physical state."""
     recordings = subject.recordings
-    names, values = subject.quantities()
+    names, values = subject.recordings.quantities(subject.names, subject.angles)
     if not names:
         raise ConfigError("nothing moved in the episodes played, so there is nothing to probe for")
     untrained = follow(subject.untrained, recordings)
@@ -250,7 +250,7 @@ def find_geometry(subject: Subject) -> Finding:
     found = geometry(z, recordings, loop.batch * loop.length, seed=subject.seed)
     colours = {"reward": recordings.reward, "agent steps since the start": recordings.step.astype(float)}
     if recordings.physical is not None:
-        names, values = subject.quantities()
+        names, values = subject.recordings.quantities(subject.names, subject.angles)
         colours = {name: values[:, i] for i, name in enumerate(names[:_PANELS])} or colours
     points, share = principal_axes(z)
     caption = f"The latents of all rows on their two principal axes, {100 * sum(share):.0f} % of the variance"

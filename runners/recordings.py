@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agents.interface import Agent
 from envs.physics import geom_places, physical_state, put_back
+from runners.probes import quantities
 from worldmodels.interface import Batch, State
 from worldmodels.lewm import LeWorldModel
 
@@ -56,6 +57,12 @@ class Recordings(NamedTuple):
         if among is not None:
             found &= np.isin(self.episode, among)
         return np.flatnonzero(found)
+
+    def quantities(self, names: list[str], angles: list[bool]) -> tuple[list[str], Float[np.ndarray, "R Q"]]:
+        """What of the physics changed: the parts of the state, which are called ``names``, and what was drawn."""
+        assert self.physical is not None
+        values = np.column_stack([self.physical, *self.drawn.values()])
+        return quantities([*names, *self.drawn], values, [*angles, *[False] * len(self.drawn)])
 
     def restore(self, env: gym.Env, row: int) -> None:
         """Put ``env``, made with the recorded task and settings, where the episode stood at ``row``."""

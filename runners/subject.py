@@ -10,13 +10,12 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
 from agents.interface import Agent
 from envs.edits import angles
 from envs.physics import NoPhysics, physical_names
 from runners.config import Config, ConfigError, build_agent
-from runners.probes import quantities
 from runners.questions import NEEDS_PHYSICS, QUESTIONS, PartName
 from runners.recordings import Followed, Recordings
 from runners.report_page import Section
@@ -125,13 +124,6 @@ class Subject(NamedTuple):
         """The latents' variance in the held-out episodes, a mean over dimensions."""
         held_out = self.recordings.rows(before=0, after=0, among=self.recordings.split.held_out)
         return max(float(self.followed.z[held_out].var(0).mean()), 1e-8)
-
-    def quantities(self) -> tuple[list[str], Float[np.ndarray, "R Q"]]:
-        """What of the physics changed in the episodes: the state's parts, and what was drawn for each episode."""
-        recordings, drawn = self.recordings, self.recordings.drawn
-        assert recordings.physical is not None
-        values = np.column_stack([recordings.physical, *drawn.values()])
-        return quantities([*self.names, *drawn], values, [*self.angles, *[False] * len(drawn)])
 
     def held_out_rows(self, what: str, before: int, after: int) -> Int64[np.ndarray, " S"]:
         """Held-out rows with so many rows before and after them in their episode.

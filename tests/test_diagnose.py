@@ -24,7 +24,6 @@ from runners.latents import linear_baseline, principal_axes, straightness
 from runners.probes import Sets, linear_probe, mlp_probe, quantities, r_squared
 from runners.recordings import Recordings, play, split_episodes
 from runners.run import Run
-from runners.subject import Subject
 from runners.surprise import AFTER, auroc, frozen, simulate, skipped
 from tests.loop_helpers import COUNTING, TINY, Finished, config, contents, finished_run
 from worldmodels.interface import Batch
@@ -220,20 +219,7 @@ def test_a_target_drawn_for_each_episode_is_a_quantity() -> None:
     recordings = play(env, RandomAgent(2, seed=0), 3, 4, seed=7, physical=True)
     model, _ = simulation(env)
     last = model.geom("target").pos[:2]
-    nothing: Any = None
-    subject = Subject(
-        run=nothing,
-        model=nothing,
-        untrained=nothing,
-        viewer=None,
-        recordings=recordings,
-        followed=nothing,
-        names=physical_names(env),
-        angles=angles(env),
-        make_env=nothing,
-        seed=0,
-    )
-    names, values = subject.quantities()
+    names, values = recordings.quantities(physical_names(env), angles(env))
     assert [name for name in names if name.startswith("geom/")] == ["geom/target[0]", "geom/target[1]"]
     places = values[:, [names.index(f"geom/target[{i}]") for i in range(2)]]
     np.testing.assert_array_equal(places[-1], last)
