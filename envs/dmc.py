@@ -37,9 +37,13 @@ class DMCEnv(gym.Env[Float32[np.ndarray, " S"], np.ndarray]):
         camera: index of the model's camera, -1 for the free one.
         size: image height and width.
         own_time_limit: whether the task's own time limit ends episodes; otherwise nothing does but termination.
+        blind: observations are zeros. dm_control works them out at every simulator step, a tenth of what cartpole's
+            steps take, for nothing where only pictures are looked at.
     """
 
-    def __init__(self, name: str, camera: int, size: int, profile: Profile, own_time_limit: bool) -> None:
+    def __init__(
+        self, name: str, camera: int, size: int, profile: Profile, own_time_limit: bool, *, blind: bool = False
+    ) -> None:
         domain, _, task = name.partition("-")
         task_kwargs: dict[str, Any] = {"random": np.random.RandomState(_MODEL_SEED)}
         if not own_time_limit:
@@ -56,6 +60,9 @@ class DMCEnv(gym.Env[Float32[np.ndarray, " S"], np.ndarray]):
         self.action_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
         width = sum(int(np.prod(part.shape)) for part in self._env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
+        if blind:
+            nothing = {"nothing": np.zeros(width, np.float32)}
+            self._env.task.get_observation = lambda physics: nothing
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self._env.control_timestep())}
         self.render_mode = "rgb_array"
 

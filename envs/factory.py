@@ -169,7 +169,14 @@ def make_env(task: str, config: EnvConfig = DEFAULT, seed: int = 0) -> gym.Env:
 
 def _make_dmc(task: Task, config: EnvConfig) -> gym.Env:
     camera = DMC_CAMERA.get(task.name.partition("-")[0], 0) if config.camera is None else config.camera
-    env: gym.Env = dmc.DMCEnv(task.name, camera, config.size, config.render, own_time_limit=config.time_limit is None)
+    env: gym.Env = dmc.DMCEnv(
+        task.name,
+        camera,
+        config.size,
+        config.render,
+        own_time_limit=config.time_limit is None,
+        blind=config.obs == "pixels",
+    )
     return env if config.time_limit is None else wrappers.TimeLimit(env, config.time_limit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -79,6 +80,22 @@ def test_an_episode_is_a_function_of_its_seed_and_index_alone(name: str) -> None
             np.testing.assert_array_equal(one[0][part], other[0][part])
     used.close()
     fresh.close()
+
+
+@pytest.mark.parametrize("name", ["cartpole-swingup", "finger-turn_hard", "fish-swim", "quadruped-escape"])
+def test_an_episode_is_the_same_whether_its_state_is_looked_at(name: str) -> None:
+    """A task that is seen alone does not work its state out."""
+    config = EnvConfig(obs="both", time_limit=6, action_repeat=2)
+    known = make_env(f"dmc/{name}", config, seed=3)
+    seen = make_env(f"dmc/{name}", replace(config, obs="pixels"), seed=3)
+    for one, other in zip(rollout(known, 4), rollout(seen, 4), strict=True):
+        assert one[1:] == other[1:]
+        np.testing.assert_array_equal(one[0]["pixels"], other[0])
+    unseen = seen.unwrapped.step(np.zeros(seen.action_space.shape))[0]  # type: ignore[arg-type]
+    assert known.unwrapped.step(np.zeros(seen.action_space.shape))[0].any()  # type: ignore[arg-type]
+    assert not unseen.any()
+    known.close()
+    seen.close()
 
 
 @pytest.mark.parametrize("task", [task for task in envs.tasks() if task.startswith("mujoco/")])
