@@ -358,7 +358,7 @@ class LeWorldModel(WorldModel):
 
     def _rollout(self, batch: Batch, z: Float[Tensor, "B T D"], after: LeWMState) -> Rollout:
         """Open-loop predictions: one step from every row, 2 to ``rollout`` steps from every ``rollout_every``-th row
-        that has as many behind it. Not where a window is cut short and teaches nothing."""
+        that has as many behind it. Where cut windows teach nothing, not from the first rows, which have none before."""
         cfg, t = self.config, z.shape[1]
         steps = min(cfg.rollout, t - 1)
         first = 0 if cfg.cut_windows else min(self.history - 1, t - 1 - steps)
