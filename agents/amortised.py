@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from agents.optimiser import Adam
 from worldmodels.heads import mlp
 from worldmodels.interface import State, WorldModel
 
@@ -122,7 +123,7 @@ def learn(
         ValueError: see :func:`relabel`.
     """
     policy.fit_normaliser(rows.z)
-    optimiser = torch.optim.Adam(policy.parameters(), lr=config.lr)
+    optimiser = Adam(policy.parameters(), lr=config.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.updates)
     for _ in range(config.updates):
         batch = relabel(rows, config.batch, policy.longest, generator)

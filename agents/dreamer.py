@@ -26,6 +26,7 @@ from agents.actor_critic import (
 )
 from agents.beside import one_after_the_other, side_by_side
 from agents.captured import Captured, Watch, send
+from agents.optimiser import Adam
 from agents.returns import lambda_return
 from worldmodels import ranks
 from worldmodels.interface import Batch, Predicted, State, WorldModel
@@ -131,8 +132,7 @@ class DreamerAgent:
         }
         self.rates = {"model": config.model_lr, "policy": config.behaviour_lr, "critic": config.behaviour_lr}
         self.optimisers = {
-            name: torch.optim.Adam(params, **self._adam_settings(self.rates[name]))
-            for name, params in self.groups.items()
+            name: Adam(params, **self._adam_settings(self.rates[name])) for name, params in self.groups.items()
         }
         self.updates = 0
         self._names: dict[bool, tuple[str, ...]] = {}

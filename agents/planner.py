@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from agents.optimiser import Adam
+
 Score = Callable[[Float[Tensor, "B N H A"]], Float[Tensor, "B N"]]
 
 _WORST = -1e30
@@ -285,7 +287,7 @@ class GradientPlanner(Planner):
         noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
         starts = [mean[:, None], mean[:, None] + std[:, None] * noise, *([] if proposals is None else [proposals])]
         plans = torch.cat(starts, 1).clamp(-1, 1).detach().requires_grad_()
-        optimiser = torch.optim.Adam([plans], lr=cfg.lr)
+        optimiser = Adam([plans], lr=cfg.lr)
         best, best_score = plans.detach()[:, 0], torch.full_like(mean[:, 0, 0], -torch.inf, dtype=torch.float32)
         for step in range(cfg.iterations + 1):
             scores = score(plans)

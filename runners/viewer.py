@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
+from agents.optimiser import Adam
 from runners.replay import Replay
 from worldmodels.decoder import Decoder
 from worldmodels.interface import Batch
@@ -53,7 +54,7 @@ class Viewer:
         # Initial weights are drawn on the CPU, from a copy of its random stream.
         with torch.random.fork_rng(devices=[]):
             self.decoder = Decoder(dim, obs_shape).to(device)  # type: ignore[arg-type]
-        self.optimiser = torch.optim.Adam(self.decoder.parameters(), lr=2e-3, fused=True)
+        self.optimiser = Adam(self.decoder.parameters(), lr=2e-3, fused=True)
         self.generator = np.random.default_rng(seed)
 
     def fit(self, model: LeWorldModel, replay: Replay, steps: int, batch: int = 32) -> float:

@@ -1,7 +1,9 @@
 """What every test runs under: tensor shapes checked at run time, one thread, fixed seeds, a renderer chosen."""
 
+import copy
 import random
 from collections.abc import Iterator
+from unittest import mock
 
 import jaxtyping
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 
 # Only modules imported after this line are checked, so it stands before any import of the project.
 jaxtyping.install_import_hook(["worldmodels", "agents"], "beartype.beartype")
+
+import mujoco  # noqa: E402
 
 import envs  # noqa: E402, F401  importing it chooses MUJOCO_GL, which must come before MuJoCo is imported
 
@@ -40,3 +44,19 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def compiled_once() -> Iterator[None]:
+    """dm_control's models are compiled once and then copied: the dog, of which the suite has five tasks, takes seconds.
+    For files that make every task many times."""
+    compile_model, compiled = mujoco.MjModel.from_xml_string, {}
+
+    def copied(xml: str, assets: dict[str, bytes] | None = None) -> mujoco.MjModel:
+        key = (xml, *sorted((assets or {}).items()))
+        if key not in compiled:
+            compiled[key] = compile_model(xml, assets or {})
+        return copy.copy(compiled[key])
+
+    with mock.patch.object(mujoco.MjModel, "from_xml_string", copied):
+        yield

@@ -17,6 +17,8 @@ import envs
 from envs import EnvConfig, EnvironmentFault, UnknownTask, UnsupportedActionSpace, UnsupportedSetting, make_env
 from tests.envs_helpers import PREFIX
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SUITE = [f"{domain}-{task}" for domain, task in suite.ALL_TASKS]
 STATE = EnvConfig(obs="state")
 CARTPOLE = "dmc/cartpole-swingup"

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from agents.dreamer import computes_bf16
+from runners.config import presets
 from runners.replay import Replay
 from runners.train import main
 from worldmodels.interface import Batch
-from worldmodels.lewm import LeWMConfig, build_world_model
+from worldmodels.lewm import build_world_model
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -33,7 +34,7 @@ def test_the_world_model_learns_from_pixels_what_actions_cause(tmp_path: Path) -
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     train, held_out = random_rows(tmp_path / "train", 20_000, 1), random_rows(tmp_path / "held_out", 6_000, 2)
-    model = build_world_model((3, 64, 64), 1, LeWMConfig())
+    model = build_world_model((3, 64, 64), 1, presets()["cpu"].model)
     model.fit_normaliser(train.sample(16, 16, generator).obs.flatten(0, 1))
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(300):

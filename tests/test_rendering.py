@@ -16,6 +16,8 @@ import envs
 from envs import EnvConfig, make_env
 from envs.camera import average_blocks
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ONE_PER_DOMAIN = [(domain, tasks[-1], 64) for domain, tasks in suite.TASKS_BY_DOMAIN.items()]
 CAMERA = {"quadruped": 2, "fish": 3}
 
