@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from agents.optimiser import Adam
 from benchmarks import speed
 from benchmarks.peer_process import PeerProcess, PeerTask
 from benchmarks.peer_updates import (
@@ -228,7 +229,7 @@ def test_the_reference_size_is_that_of_the_published_agents() -> None:
 def test_ours_learns_all_that_is_counted(build: Callable[[], Ours], monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by the parameters that one call changes."""
     made: dict[int, torch.Tensor] = {}
-    for optimiser in (torch.optim.Adam, torch.optim.AdamW):
+    for optimiser in (Adam, torch.optim.AdamW):
         stepped = optimiser.step
 
         def step(self: torch.optim.Optimizer, *args: object, stepped: Callable = stepped) -> None:
