@@ -6,7 +6,6 @@ GPU; recorded once and replayed, they take it one launch, and the GPU goes from 
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +18,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from agents.interface import NonFiniteLoss
 
-_log = logging.getLogger(__name__)
-
 WARM_UP = 3
 """Calls before the recording: they allocate what stays (optimiser states), choose kernels, compile."""
+
+
+class NotRecordable(RuntimeError):
+    """Something in the function cannot be part of a CUDA graph. The message says what and how to do without."""
 
 
 class _Recording(NamedTuple):
@@ -38,11 +39,12 @@ class Captured:
     one is recorded. What the function reads beside its arguments has to stay where it was then, changed in place only:
     whoever puts another tensor there calls :meth:`forget`. It must not make the host wait for the device.
 
-    A function that cannot be recorded goes on running as it is, after a warning.
-
     Args:
         function: of nested tuples of tensors, bools and numbers; answers nested tuples of tensors.
         enabled: False calls the function, always.
+
+    Raises:
+        NotRecordable: at the call that is recorded.
     """
 
     def __init__(self, function: Callable[..., Any], *, enabled: bool) -> None:
@@ -65,12 +67,7 @@ class Captured:
             calls = self._calls[key] = self._calls.get(key, 0) + 1
             if calls <= WARM_UP:
                 return self._beside(args)
-            try:
-                self._recorded[key] = self._record(leaves, form)
-            except RuntimeError as error:
-                _log.warning("no CUDA graph: this step could not be recorded and runs kernel by kernel (%s)", error)
-                self.enabled = False
-                return self.function(*args)
+            self._recorded[key] = self._record(leaves, form)
         graph, inputs, answer = self._recorded[key]
         torch._foreach_copy_(inputs, tensors)
         graph.replay()
@@ -90,8 +87,15 @@ class Captured:
     def _record(self, leaves: list[Any], form: TreeSpec) -> _Recording:
         own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            answer = self.function(*tree_unflatten(own, form))
+        try:
+            with torch.cuda.graph(graph):
+                answer = self.function(*tree_unflatten(own, form))
+        except RuntimeError as error:
+            # What is half recorded leaves the stream, the allocator and the random numbers in a state that nothing in
+            # PyTorch's interface puts back, so that the process cannot go on without the graph.
+            raise NotRecordable(
+                f"this step cannot be recorded as a CUDA graph: add --compile false ({error})"
+            ) from error
         return _Recording(graph, [x for x in own if isinstance(x, Tensor)], answer)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +19,14 @@ from runners.train import Meter, advance
 WARM_UP = 12
 """Steps of all environments before the measurement, which see the first updates: they record or compile."""
 
+TRACED = 50
+"""Updates under the profiler, each of thousands of kernels that it takes the host some microseconds to look through."""
+
 
 def time_loop(config: Config, watch: Stopwatch) -> Results:
     """Env_steps and updates a second while learning, without evaluations, checkpoints and records.
 
-    On a GPU also the part of the time that a kernel runs, in a profiled stretch of as many steps.
+    On a GPU also the part of the time that a kernel runs, in a profiled stretch of ``TRACED`` updates.
     """
     with tempfile.TemporaryDirectory() as folder:
         loop = replace(config.loop, pretrain=1)
@@ -35,30 +37,23 @@ def time_loop(config: Config, watch: Stopwatch) -> Results:
                 advance(run, meter)
             for _ in range(WARM_UP):
                 advance(run, meter)
-            steps, results = _rates(run, meter, watch)
+            results = _rates(run, meter, watch)
             if watch.device.type == "cuda":
-                results["loop/gpu_busy"] = _busy(lambda: _advance(run, meter, steps))
+                results["loop/gpu_busy"] = _busy(run, meter)
     return results
 
 
-def _advance(run: Run, meter: Meter, steps: int) -> None:
-    for _ in range(steps):
-        advance(run, meter)
-
-
-def _rates(run: Run, meter: Meter, watch: Stopwatch) -> tuple[int, Results]:
-    """How many steps of all environments were timed, and what they came to."""
-    env_steps, updates, steps, start = run.env_steps, run.updates, 0, time.perf_counter()
+def _rates(run: Run, meter: Meter, watch: Stopwatch) -> Results:
+    env_steps, updates, start = run.env_steps, run.updates, time.perf_counter()
     while time.perf_counter() - start < watch.repeats * watch.seconds:
         advance(run, meter)
-        steps += 1
     run.wait()
     if watch.device.type == "cuda":
         torch.cuda.synchronize()
     elapsed = time.perf_counter() - start
     config = run.config
     env = f"{config.num_envs} environments, {config.env.render}, train_ratio {config.loop.train_ratio:g}"
-    return steps, {
+    return {
         "loop/collect": Measurement(
             (run.env_steps - env_steps) / elapsed, "env_steps/s", note=f"while learning; {env}"
         ),
@@ -66,10 +61,18 @@ def _rates(run: Run, meter: Meter, watch: Stopwatch) -> tuple[int, Results]:
     }
 
 
-def _busy(work: Callable[[], object]) -> Measurement:
-    start = time.perf_counter()
+def _busy(run: Run, meter: Meter) -> Measurement:
+    elapsed = 0.0
+
+    def work() -> None:  # timed in here: the profiler takes seconds to begin and to end
+        nonlocal elapsed
+        start, last = time.perf_counter(), run.updates + TRACED
+        while run.updates < last:
+            advance(run, meter)
+        torch.cuda.synchronize()
+        elapsed = 1e6 * (time.perf_counter() - start)
+
     events = profiled(work, on_gpu=True)
-    elapsed = 1e6 * (time.perf_counter() - start)
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA)
     busy, until = 0.0, 0.0
     for begin, end in spans:

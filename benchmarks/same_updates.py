@@ -94,6 +94,7 @@ def differences(way: Compilation, device: torch.device, tolerance: float) -> lis
 def main() -> int:
     options = tyro.cli(SameConfig, prog="python -m benchmarks.same_updates")
     device = resolve_device(options.device)
+    torch.backends.cudnn.allow_tf32 = False  # kernels that fuse other convolutions would round otherwise
     dreamer.COMPILER = options.compiler
     ways: tuple[Compilation, ...] = ("true",) if device.type == "cpu" else ("graph", "true")
     failed = False

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -119,15 +120,17 @@ def profiled(work: Callable[[], Any], on_gpu: bool) -> list[FunctionEvent]:
 
 def charge(events: list[FunctionEvent], on_gpu: bool) -> dict[Part, float]:
     """Microseconds of each part in one profiled update: every operator's own time, charged to its part."""
-    lines = {event.id: _ancestry(event) for event in events}
+    # A GPU's kernels are events, too; their time is also that of the operators that launched them.
+    events = [event for event in events if event.device_type == DeviceType.CPU]
+    lines = {id(event): _ancestry(event) for event in events}
     owner: dict[int, Part] = {}
     # An operator that makes no step of the backward pass bears the number of the next one that does: the last one wins.
     for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.sequence_nr >= 0 and _backward_step(lines[event.id]) is None:
-            owner[event.sequence_nr] = _forward_part(lines[event.id])
+        if event.sequence_nr >= 0 and _backward_step(lines[id(event)]) is None:
+            owner[event.sequence_nr] = _forward_part(lines[id(event)])
     charged: dict[Part, float] = defaultdict(float)
     for event in events:
-        line = lines[event.id]
+        line = lines[id(event)]
         step = _backward_step(line)
         if step is not None:
             # Adding a gradient up has no number of its own.

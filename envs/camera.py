@@ -5,15 +5,20 @@ shadows, reflections and multisampling off, and draws at twice the size to avera
 is thinner than a pixel vanishes and what moves by less than one stands still. In software that costs little, where
 multisampling is dear.
 
-Several contexts live in one process, so each picture makes its own context current first. Every context is made by
-dm_control's factory, which remembers what is current per thread: mixing it with ``mujoco.Renderer``, which also
-switches contexts but does not tell, is what corrupts pictures.
+The cameras of a thread draw in one OpenGL context, each into buffers of its own. Every picture makes the context
+current and chooses its buffers first: what dm_control remembers as current need not be it where ``mujoco.Renderer`` is
+used beside it, and that is what corrupts pictures.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import mujoco
 import numpy as np
@@ -73,6 +78,55 @@ def average_blocks(image: UInt8[np.ndarray, "drawn drawn 3"], fine: int) -> Imag
     return ((total + fine * fine // 2) // (fine * fine)).astype(np.uint8)  # type: ignore[union-attr]
 
 
+_opened_in: set[int] = set()
+"""The processes that have opened OpenGL: this one, and those that it was forked from."""
+
+
+@functools.cache
+def _opengl(process: int, thread: int) -> Any:
+    """The OpenGL context of a thread, in which each of its cameras has a context of MuJoCo's. One more would compile
+    its shaders anew, which takes .3 s in software. It stays to the end.
+
+    Args:
+        process: this one.
+        thread: this one; a context is current in one thread at a time.
+    """
+    context = _render.Renderer(max_width=1, max_height=1)  # MuJoCo draws into buffers of its own
+    context.increment_refcount()
+    free = context._free_unconditionally
+
+    def free_at_exit() -> None:
+        with suppress(Exception):  # mujoco.Renderer, if one was used, has ended the display that both share before
+            free()
+
+    context._free_unconditionally = free_at_exit
+    return context
+
+
+def _refuse_fork() -> None:
+    """In a process that was forked after pictures were drawn, Mesa would wait for its threads for ever.
+
+    Raises:
+        NoOpenGL: this is one.
+    """
+    _opened_in.add(os.getpid())
+    if len(_opened_in) > 1 and os.environ.get("LP_NUM_THREADS") != "0":
+        raise opengl.NoOpenGL(
+            "No picture can be rendered: this process was forked from one that had drawn pictures, which OpenGL does "
+            "not survive. Start processes by spawn, as with gymnasium.make_vec(…, vector_kwargs={'context': 'spawn'}), "
+            "or set LP_NUM_THREADS=0 where Mesa draws."
+        )
+
+
+@contextmanager
+def _current(gl: Any) -> Iterator[Any]:
+    """While entered, ``gl`` is the thread's OpenGL context, even if something else than dm_control chose another one
+    since: ``mujoco.Renderer`` does, and so do Gymnasium's own pictures."""
+    with gl.make_current() as thread:
+        thread.call(gl._platform_make_current)
+        yield thread
+
+
 class Camera:
     """Draws one model's state. The context is made at the first picture, so a state-only environment needs none.
 
@@ -81,7 +135,7 @@ class Camera:
         data: its state, read at each picture.
         view: from ``fixed_view`` or filled in by hand.
         size: image height and width.
-        physics: the dm_control physics that owns ``model``; its context is used then, because some of its tasks
+        physics: the dm_control physics that owns ``model``; the context is kept there then, because some of its tasks
             upload terrain to it.
     """
 
@@ -105,7 +159,7 @@ class Camera:
         if profile == "fast":
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._own_contexts: Contexts | None = None
+        self._contexts: Contexts | None = None
 
     def render(self) -> Image:
         """The picture of the state as it is now; a new array each time.
@@ -113,33 +167,35 @@ class Camera:
         Raises:
             NoOpenGL: there is nothing to draw with.
         """
-        contexts = self._contexts()
+        contexts = self._found_contexts()
         mujoco.mjv_updateScene(
             self._model, self._data, self._option, self._perturb, self._view, mujoco.mjtCatBit.mjCAT_ALL, self._scene
         )
-        with contexts.gl.make_current() as thread:
+        with _current(contexts.gl) as thread:
             thread.call(self._draw, contexts.mujoco.ptr)
         return average_blocks(self._buffer[::-1], self._fine)  # OpenGL's first row is the bottom one
 
-    def _contexts(self) -> Contexts:
-        if self._own_contexts is not None:
-            return self._own_contexts
-        try:
-            if self._physics is not None:
-                return self._physics.contexts
-            settings = self._model.vis.global_
-            gl = _render.Renderer(max_width=settings.offwidth, max_height=settings.offheight)
-            self._own_contexts = Contexts(gl, wrapper.MjrContext(SimpleNamespace(ptr=self._model), gl))
-        except (RuntimeError, mujoco.FatalError) as error:
-            raise opengl.no_opengl(str(error).rstrip(".")) from error
-        return self._own_contexts
+    def _found_contexts(self) -> Contexts:
+        holder: Any = self if self._physics is None else self._physics
+        _refuse_fork()
+        if holder._contexts is None:
+            try:
+                gl = _opengl(os.getpid(), threading.get_ident())
+                with _current(gl):
+                    holder._contexts = Contexts(gl, wrapper.MjrContext(SimpleNamespace(ptr=self._model), gl))
+            except (RuntimeError, mujoco.FatalError) as error:
+                raise opengl.no_opengl(str(error).rstrip(".")) from error
+        return holder._contexts
 
     def _draw(self, context: mujoco.MjrContext) -> None:
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)  # the last picture may be another camera's
         mujoco.mjr_render(self._viewport, self._scene, context)
         mujoco.mjr_readPixels(self._buffer, None, self._viewport, context)
 
     def close(self) -> None:
-        """Frees the context, unless it belongs to dm_control's physics. May be called twice."""
-        if self._own_contexts is not None:
-            self._own_contexts.mujoco.free()  # and with it the OpenGL context, which nothing else uses
-            self._own_contexts = None
+        """Frees what was drawn with. May be called twice."""
+        holder: Any = self if self._physics is None else self._physics
+        if holder._contexts is not None:
+            with _current(holder._contexts.gl):
+                holder._contexts.mujoco.free()
+            holder._contexts = None

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import dm_env
 import gymnasium as gym
 import mujoco
 import numpy as np
-from dm_control import suite
+import scipy
 from dm_control.rl.control import PhysicsError
 from jaxtyping import Float32
 
 from envs.camera import Camera, Image, Profile, apply_profile, fixed_view
 from envs.wrappers import EnvironmentFault
+
+
+class _WhenUsed:
+    """A module that is imported at the first use of something in it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
+
+
+@contextmanager
+def _ndimage_when_used() -> Iterator[None]:
+    """What imports scipy.ndimage meanwhile gets it when it is used. The suite's quadruped does, for the hills of one
+    task, and a third of what starting a worker takes would be this."""
+    if "scipy.ndimage" in sys.modules:
+        yield
+        return
+    scipy.ndimage = _WhenUsed("scipy.ndimage")
+    try:
+        yield
+    finally:
+        del scipy.ndimage
+
+
+with _ndimage_when_used():
+    from dm_control import suite
 
 _UNLIMITED = 1e9
 """MuJoCo reports an actuator without limits as ±1e10; a unit of action is then a unit of control (the lqr tasks)."""

@@ -7,13 +7,12 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium import wrappers
-from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import registry
 
 from envs import dmc
@@ -21,6 +20,9 @@ from envs.camera import Camera, apply_profile, fixed_view
 from envs.manipulation import Scripted, is_manipulation, make_manipulation
 from envs.physics import WithPhysics
 from envs.wrappers import Divergence, Episodes, Pictures, UnsupportedSetting
+
+if TYPE_CHECKING:
+    from gymnasium.envs.mujoco import MujocoEnv
 
 MIN_SIZE, MAX_SIZE = 8, 1024
 
@@ -191,6 +193,8 @@ def _make_gym(task: Task, config: EnvConfig) -> gym.Env:
             camera=config.camera,
             time_limit=config.time_limit,
         )
+    from gymnasium.envs.mujoco import MujocoEnv  # which brings a window system, for nothing where all is dm_control
+
     is_mujoco = task.suite == "mujoco" or task.name in _mujoco_ids("v4", "v5")
     own_rendering = {} if is_mujoco or config.obs == "state" else {"render_mode": "rgb_array"}
     env = gym.make(task.name, max_episode_steps=config.time_limit, disable_env_checker=True, **own_rendering)

@@ -107,7 +107,7 @@ class RowBuffer(BaseBuffer):
         if not self.shift:
             return stacked
         down, across = self.generator.integers(-self.shift, self.shift + 1, size=(len(stacked), 2)).T
-        return shift_images(stacked, torch.from_numpy(down), torch.from_numpy(across))
+        return shift_images(stacked, *(torch.from_numpy(way).to(stacked.device) for way in (down, across)))
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> ReplayBufferSamples:
         raise NotImplementedError("rows are sampled by sample")

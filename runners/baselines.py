@@ -32,7 +32,7 @@ from runners.config import Config
 from runners.disk import clear_disk_full
 from runners.rollout import Evaluation
 from runners.run import load_agent
-from runners.session import Session, claim_run, lock_run
+from runners.session import Session, claim_run, lock_run, set_torch_random, torch_random
 from runners.train import Meter, StopOnSignal, assess, finish
 from runners.vecenv import TaskVecEnv
 
@@ -166,7 +166,7 @@ class BaselineRun(Session):
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
             "replay": None if self.buffer is None else self.buffer.replay.position(),
             "normalise": None if normalise is None else _normalise_state(normalise),
-            **self.torch_random(),
+            **torch_random(self.device),
             "numpy_random": key | {"state": key["state"] | {"key": torch.tensor(key["state"]["key"].astype(np.int64))}},
             "action_random": model.action_space.np_random.bit_generator.state,
         }
@@ -201,7 +201,7 @@ class BaselineRun(Session):
         key = start["numpy_random"]
         words = key["state"]["key"].numpy().astype(np.uint32)
         np.random.set_state(key | {"state": key["state"] | {"key": words}})  # noqa: NPY002
-        self.set_torch_random(start)
+        set_torch_random(start, self.device)
 
 
 class _Between(BaseCallback):

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-import av
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -39,6 +38,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     rows = (_parse_row(line) for line in path.read_bytes().splitlines())
     return [row for row in rows if row is not None]
+
+
+class NoVideo(RuntimeError):
+    """What encodes videos is not installed."""
 
 
 class Logger:
@@ -214,7 +217,12 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "T H W 3"], fps: float) ->
 
     Raises:
         ValueError: no frames, or not (T,H,W,3) uint8.
+        NoVideo: without PyAV, whose wheel is larger than all else that a run needs beside PyTorch.
     """
+    try:
+        import av
+    except ImportError as error:
+        raise NoVideo(f"{path} cannot be written without PyAV: pip install av ({error})") from error
     video = _as_frames(frames)
     scale = math.ceil(_VIDEO_MIN_SIDE / min(video.shape[1:3]))
     height, width = (side * scale + side * scale % 2 for side in video.shape[1:3])  # yuv420p halves both sides

@@ -34,7 +34,7 @@ from runners.logger import Logger
 from runners.pretrain_config import SETTINGS, PretrainConfig, next_command, parse_args, run_config, to_json
 from runners.progress import Display
 from runners.run import load_agent
-from runners.session import claim_run, configure_torch, holds_run, lock_run
+from runners.session import claim_run, configure_torch, holds_run, lock_run, set_torch_random, torch_random
 from runners.train import USER_ERRORS, Meter, StopOnSignal
 from runners.transfer import UNKNOWN_TASK
 from runners.viewer import open_loop, undisturbed
@@ -160,7 +160,7 @@ class Pretraining:
             "optimiser": self.optimiser.state_dict(),
             "updates": self.updates,
             "generator": self.generator.bit_generator.state,
-            "torch_random": torch.get_rng_state(),
+            **torch_random(self.device),
         }
         # The policy has seen no environment: 0 env_steps. The folder's name counts updates.
         meta = {"env_steps": 0, "updates": self.updates, "wall_s": self.logger.wall_s, "task": self.run.task}
@@ -171,7 +171,7 @@ class Pretraining:
         self.optimiser.load_state_dict(state["optimiser"])
         self.updates = state["updates"]
         self.generator.bit_generator.state = state["generator"]
-        torch.set_rng_state(state["torch_random"])
+        set_torch_random(state, self.device)
 
     def __enter__(self) -> Pretraining:
         return self

@@ -110,7 +110,8 @@ class Collector:
             "envs": self.envs.get_state(),
             "row": {name: torch.as_tensor(value) for name, value in self._row.items()},
             "running_return": torch.as_tensor(self._running_return),
-            "carry": None if self._carry is None else flatten(self._carry),
+            # Of several ranks the first one writes all of them: on the CPU they travel without opening its GPU to all.
+            "carry": None if self._carry is None else [part.cpu() for part in flatten(self._carry)],
             "env_steps": self.env_steps,
             "agent_steps": self.agent_steps,
         }

@@ -16,7 +16,7 @@ from agents.random import RandomAgent
 from runners.checkpoint import CheckpointError, Checkpoints
 from runners.config import Config, ConfigError, build_agent
 from runners.rollout import Collector
-from runners.session import Session, claim_run, lock_run
+from runners.session import Session, claim_run, lock_run, set_torch_random, torch_random
 from runners.transfer import take_world_model
 from runners.viewer import CONTEXT, Viewer
 from worldmodels import ranks
@@ -137,7 +137,7 @@ class Run(Session):
             "collector": self.collector.state_dict(),
             "replay": self.replay.position(),
             "prefiller": self.prefiller.state_dict(),
-            **self.torch_random(),
+            **torch_random(self.device),
             "generator": self.generator.bit_generator.state,
         }
 
@@ -167,7 +167,7 @@ class Run(Session):
         if self.viewer is not None:
             self.viewer.load_state_dict(state["viewer"])
         self.generator.bit_generator.state = own["generator"]
-        self.set_torch_random(own)
+        set_torch_random(own, self.device)
 
     def _build_viewer(self) -> Viewer | None:
         shape = self.envs.single_observation_space.shape

@@ -133,17 +133,6 @@ class Session:
         self.last[name] = now
         return True
 
-    def torch_random(self) -> dict[str, Any]:
-        """PyTorch's random states, for a checkpoint."""
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        return {"torch_random": torch.get_rng_state(), "cuda_random": cuda}
-
-    def set_torch_random(self, state: dict[str, Any]) -> None:
-        """The inverse, from a checkpoint's dict with other things in it."""
-        torch.set_rng_state(state["torch_random"])
-        if state["cuda_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"])
-
     def wait(self) -> None:
         """Take in what the environments still have to answer."""
 
@@ -198,6 +187,20 @@ def claim_run(path: Path, config: Config) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{path} cannot be a run's folder: {error}; choose another --run-dir") from error
     replace_file(path / "config.json", to_json(config).encode())
+
+
+def torch_random(device: torch.device) -> dict[str, Any]:
+    """PyTorch's random states, for a checkpoint."""
+    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    return {"torch_random": torch.get_rng_state(), "cuda_random": cuda}
+
+
+def set_torch_random(state: dict[str, Any], device: torch.device) -> None:
+    """The inverse, from a checkpoint's dict with other things in it. One that was written without a GPU has no state
+    for one."""
+    torch.set_rng_state(state["torch_random"])
+    if device.type == "cuda" and state.get("cuda_random") is not None:
+        torch.cuda.set_rng_state(state["cuda_random"])
 
 
 def configure_torch(threads: int) -> None:

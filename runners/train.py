@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.captured import NotRecordable
 from agents.interface import Agent, NonFiniteLoss
 from agents.random import RandomAgent
 from envs import EnvironmentFault, NoOpenGL, UnknownTask, UnsupportedActionSpace, UnsupportedSetting
@@ -33,7 +34,7 @@ from runners.baseline_config import BASELINES
 from runners.checkpoint import CheckpointError, DiskFull
 from runners.config import Config, ConfigError, parse_args, resolve_device
 from runners.disk import clear_disk_full
-from runners.logger import read_rows, write_video
+from runners.logger import NoVideo, read_rows, write_video
 from runners.profiling import Trace
 from runners.replay import Replay, ReplayError
 from runners.rollout import Evaluation, evaluate
@@ -53,6 +54,8 @@ USER_ERRORS = (
     CheckpointError,
     ReplayError,
     DiskFull,
+    NotRecordable,
+    NoVideo,
     ranks.RanksError,
 )
 """What ends a program with one clear message instead of a traceback."""
@@ -213,8 +216,11 @@ def finish(run: Session, evaluation: Evaluation | None) -> Evaluation:
     log.message(f"{run.path} reached {run.env_steps:,} env_steps; {text}")
     if result.frames is not None and ranks.is_first():
         video = run.path / "videos" / "final.mp4"
-        write_video(video, result.frames.transpose(0, 2, 3, 1), fps=run.frame_rate)
-        log.message(f"video: {video}")
+        try:
+            write_video(video, result.frames.transpose(0, 2, 3, 1), fps=run.frame_rate)
+            log.message(f"video: {video}")
+        except NoVideo as error:
+            log.message(f"no video: {error}")
     log.message(f"curves: tensorboard --logdir {run.path}")
     return result
 

@@ -22,6 +22,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from agents.dreamer import DreamerAgent, DreamerConfig
@@ -421,6 +422,31 @@ def test_each_operator_is_charged_to_its_part_and_its_backward_step_too() -> Non
         "other": (1000 - 300 - 20 - 70 - 100 - 5 - 40 - 10 - 50 - 30) + 5,
     }
     assert sum(charged.values()) == 1000
+
+
+def test_a_gpus_kernels_are_charged_once_to_the_operators_that_launched_them() -> None:
+    """A kernel is an event of its own, too, whose number may be that of an operator."""
+
+    def operator(number: int, name: str, parent: FunctionEvent | None, *kernels: int) -> FunctionEvent:
+        made = FunctionEvent(number, name, 1, 0, 100, use_device="cuda")
+        for duration in kernels:
+            made.append_kernel("gemm", 0, duration)
+        if parent is not None:
+            parent.append_cpu_child(made)
+            made.set_cpu_parent(parent)
+        return made
+
+    update = operator(1, "update:update", None)
+    loss = operator(2, "update:loss", update)
+    encoder = operator(3, "update:encoder", loss)
+    convolution = operator(4, "aten::convolution", encoder, 30, 12)
+    policy = operator(5, "aten::addmm", update, 7)
+    on_gpu = [
+        FunctionEvent(number, name, 1, 0, 42, device_type=DeviceType.CUDA, use_device="cuda")
+        for number, name in ((4, "gemm"), (2, "gemm"), (9, "update:loss"))
+    ]
+    charged = charge([update, loss, encoder, convolution, policy, *on_gpu], on_gpu=True)
+    assert {part: time for part, time in charged.items() if time} == {"encoder": 42, "actor_critic": 7}
 
 
 def test_measuring_the_parts_of_an_update_is_the_update_itself() -> None:

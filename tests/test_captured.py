@@ -4,6 +4,8 @@ compiled. Recording itself needs CUDA."""
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents.actor_critic import Pathwise, Reinforce
-from agents.captured import WARM_UP, Captured, Watch
+from agents.captured import WARM_UP, Captured, NotRecordable, Watch
 from agents.interface import NonFiniteLoss
 from tests.test_dreamer import awake, flat, frames, pixel_agent, pixel_batch
 
@@ -103,6 +105,24 @@ def test_what_is_not_enabled_is_called_as_it_is() -> None:
         assert torch.equal(captured(x), x + 1)
     assert len(calls) == WARM_UP + 2
     assert all(seen is x for seen in calls)
+
+
+def test_what_cannot_be_recorded_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on after a recording that broke off is not possible: the GPU's random numbers are lost to it."""
+
+    @contextmanager
+    def graph(recorded: Any) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    captured = Captured(lambda x: x + 1, enabled=True)
+    monkeypatch.setattr(captured, "_beside", lambda args: captured.function(*args))
+    for _ in range(WARM_UP):
+        assert captured(torch.ones(1)) == 2
+    with pytest.raises(NotRecordable, match=r"--compile false \(operation not permitted"):
+        captured(torch.ones(1))
 
 
 @pytest.mark.slow

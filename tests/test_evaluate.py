@@ -7,6 +7,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,17 @@ def test_exploring_is_other_and_as_repeatable(finished: Finished, capsys: pytest
     explored = play(capsys, finished.path, *args, "--explore")
     assert play(capsys, finished.path, *args, "--explore") == explored
     assert play(capsys, finished.path, *args) != explored
+
+
+def test_a_video_without_what_encodes_it(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    video = tmp_path / "out.mp4"
+    assert main(["--run-dir", str(finished.path), "--episodes", "1", "--video", str(video)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {video} cannot be written without PyAV: pip install av")
+    assert not video.exists()
 
 
 def test_best_checkpoint(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

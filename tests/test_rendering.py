@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 from dm_control import suite
@@ -204,3 +205,36 @@ def test_triton_is_loaded_before_opengl(broken: bool, tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == ["triton was loaded", "(3, 64, 64)"]
+
+
+def test_a_process_forked_after_a_picture_says_so_and_one_that_was_spawned_draws() -> None:
+    """Gymnasium's asynchronous vector draws in the parent, then forks. Mesa would then wait for ever."""
+    code = (
+        "import sys, gymnasium, envs\n"
+        "if __name__ == '__main__':\n"
+        "    made = gymnasium.make_vec('dmc/cartpole-swingup-v0', 2, 'async', vector_kwargs={'context': sys.argv[1]})\n"
+        "    print(made.reset()[0].shape)\n"
+        "    made.close()\n"
+    )
+    forked = run("-c", code, "fork", LP_NUM_THREADS="2")
+    assert forked.returncode != 0
+    assert "Start processes by spawn" in forked.stderr
+    spawned = run("-c", code, "spawn")
+    assert spawned.stdout.split("\n")[0] == "(2, 3, 64, 64)", spawned.stderr
+
+
+def test_pictures_of_mujocos_own_renderer_between_ours_change_neither() -> None:
+    env, size = make_env("mujoco/Hopper-v5"), 32
+    model = env.unwrapped.model  # type: ignore[attr-defined]
+    ours = env.reset(seed=0)[0]
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    with mujoco.Renderer(model, size, size) as renderer:
+        renderer.update_scene(data)
+        theirs = renderer.render()
+        assert np.array_equal(env.reset(seed=0, options={"episode": 0})[0], ours)
+        other = make_env("dmc/cartpole-swingup")
+        other.close()
+    assert theirs.std() > 1
+    assert np.array_equal(env.reset(seed=0, options={"episode": 0})[0], ours)
+    env.close()
