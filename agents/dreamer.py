@@ -271,7 +271,7 @@ class DreamerAgent:
         cfg = self.config
         with self._autocast():
             model_loss, metrics, predicted = self.model.losses(batch, embedded)
-            replay_loss, rollout_loss = self._value_losses(batch, embedded[0], predicted)
+            replay_loss, rollout_loss = self._value_losses(batch, self.model.settled(embedded[0]), predicted)
         loss = model_loss + cfg.replay_value_weight * replay_loss + cfg.rollout_value_weight * rollout_loss
         terms = {"model_loss": model_loss, "replay_value_loss": replay_loss, "rollout_value_loss": rollout_loss}
         return loss, metrics | {name: term.detach() for name, term in terms.items()}
@@ -301,26 +301,23 @@ class DreamerAgent:
         ranks.sum_in_place([*gradients, values])
         return dict(zip(metrics, values.unbind(), strict=True))
 
-    def _value_losses(self, batch: Batch, states: State, predicted: Predicted) -> tuple[Tensor, Tensor]:
+    def _value_losses(self, batch: Batch, settled: Bool[Tensor, " N"], predicted: Predicted) -> tuple[Tensor, Tensor]:
         """The critic's λ-return losses along the replayed rows: of the rows themselves, and of what was predicted of
         them."""
         b, t = batch.reward.shape
-        feat = self.model.feat(states)
         with torch.no_grad():
-            value = self.critic.value(feat).view(b, t)
+            value = self.critic.value(predicted.feat.detach()[: b * t]).view(b, t)
             discount = self.config.discount * (~batch.is_terminal[:, 1:]).float()
             target = lambda_return(
                 batch.reward[:, 1:], discount, value[:, 1:], self.config.replay_lam, cut=batch.is_last[:, 1:]
             )
         # An is_last row leads nowhere, a sample's last row nowhere known; rows early in the sample lack the memory that
         # acting would have had.
-        counted = (~batch.is_last & self.model.settled(states).view(b, t))[:, :-1].float()
+        counted = (~batch.is_last & settled.view(b, t))[:, :-1].float()
         target, counted = (F.pad(x, (0, 1)).flatten() for x in (target, counted))
         alive = counted[predicted.row] * predicted.alive
         of_rows, of_alive = ranks.sum_over_ranks(torch.stack([counted.sum(), alive.sum()])).clamp(min=1)
-        loss = self.critic.loss(
-            torch.cat([feat, self.model.feat(predicted.states)]), torch.cat([target, target[predicted.row]])
-        )
+        loss = self.critic.loss(predicted.feat, torch.cat([target, target[predicted.row]]))
         return (loss[: b * t] * counted).sum() / of_rows, (loss[b * t :] * alive).sum() / of_alive
 
     def _choose_starts(self, states: State, ended: Bool[Tensor, " R"]) -> State:

@@ -674,8 +674,9 @@ class Jumpy(Countdown):
 
     def losses(self, batch: Batch, embedded: tuple[PointState, None]) -> tuple[Tensor, dict[str, Tensor], Predicted]:
         loss, metrics, predicted = super().losses(batch, embedded)
-        wrong = torch.where(predicted.alive[:, None] == 1, predicted.states.x, predicted.states.x + 9)
-        return loss, metrics, predicted._replace(states=PointState(wrong))
+        rows, guesses = predicted.feat.split(len(predicted.row))
+        wrong = torch.where(predicted.alive[:, None] == 1, guesses, guesses + 9)
+        return loss, metrics, predicted._replace(feat=torch.cat([rows, wrong]))
 
 
 def test_a_prediction_of_another_episode_does_not_count() -> None:

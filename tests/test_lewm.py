@@ -181,7 +181,7 @@ def test_predictions_name_the_rows_that_they_are_of(changes: dict[str, Any], tot
     """Those of an exact model are their rows' latents, as long as they stay in the episode that they began in."""
     batch, model = exact_world(Momentum(), 12, (0, 6)), toy(Momentum(), rollout=4, **changes)
     _, _, predicted = model.losses(batch, model.embed(batch))
-    latent, alive = predicted.states.z[:, -1, 0], predicted.alive == 1
+    latent, alive = predicted.feat[batch.reward.numel() :, 0], predicted.alive == 1
     row = batch.obs.flatten()[predicted.row]
     assert torch.equal(latent[alive], row[alive])
     assert not (latent[~alive] == row[~alive]).all()

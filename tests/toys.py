@@ -57,5 +57,6 @@ class Point(WorldModel):
 
     def losses(self, batch: Batch, embedded: tuple[PointState, None]) -> tuple[Tensor, dict[str, Tensor], Predicted]:
         """Its predictions are exact: what each row is, from the one before it."""
-        began = batch.is_first.flatten()
-        return 0 * self.unused.sum(), {}, Predicted(embedded[0], torch.arange(len(began)), (~began).float())
+        began, feat = batch.is_first.flatten(), self.feat(embedded[0])
+        predicted = Predicted(torch.cat([feat, feat]), torch.arange(len(began)), (~began).float())
+        return 0 * self.unused.sum(), {}, predicted

@@ -45,10 +45,10 @@ State = Any
 class Predicted(NamedTuple):
     """Open-loop predictions of a batch's rows, from earlier rows and the recorded actions; R in all."""
 
-    states: State
-    """(R, …)."""
+    feat: Float[Tensor, "N F"]
+    """What the critic reads: of the B*T rows themselves, row-major over B then T, then of the R predictions."""
     row: Int[Tensor, " R"]
-    """Which row each predicts, of all B*T, row-major over B then T."""
+    """Which of the rows each predicts."""
     alive: Float[Tensor, " R"]
     """1 where that row still belongs to the episode that the prediction started in, else 0."""
 

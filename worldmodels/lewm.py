@@ -329,6 +329,8 @@ class LeWorldModel(WorldModel):
             "pred_loss": _masked_mean(rolled.errors(1), rolled.alive(1), of_alive[0]),
             "sigreg_loss": self._sigreg(z, directions),
         }
+        # One tensor for all that read it: each would otherwise make it, and its gradient, anew.
+        feat = torch.cat([self.feat(states), self.feat(rolled.reached)])
         loss = terms["pred_loss"] + cfg.sigreg_weight * terms["sigreg_loss"]
         if rolled.steps > 1 and cfg.rollout_weight:
             each = [
@@ -338,11 +340,11 @@ class LeWorldModel(WorldModel):
             loss = loss + cfg.rollout_weight * terms["rollout_loss"]
         if cfg.reward_weight or cfg.cont_weight:
             weight = torch.cat([known / of_known.clamp(min=1), rolled.mask / of_alive.sum().clamp(min=1)])
-            head_terms = self._head_losses(batch, self.feat(states), rolled, weight)
+            head_terms = self._head_losses(batch, feat, rolled.spans, weight)
             terms |= head_terms
             loss = loss + cfg.reward_weight * head_terms["reward_loss"] + cfg.cont_weight * head_terms["cont_loss"]
         rows = torch.arange(batch.reward.numel(), device=z.device).view_as(batch.reward)
-        predicted = Predicted(rolled.reached, _arrivals(rows, rolled.spans), rolled.mask)
+        predicted = Predicted(feat, _arrivals(rows, rolled.spans), rolled.mask)
         return loss, {name: value.detach() for name, value in terms.items()}, predicted
 
     def _remembered(self, is_first: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -385,14 +387,13 @@ class LeWorldModel(WorldModel):
         return (~batch.is_first & self._remembered(batch.is_first) & (row > 0)).flatten().float()
 
     def _head_losses(
-        self, batch: Batch, real: Float[Tensor, "N F"], rolled: Rollout, weight: Float[Tensor, " M"]
+        self, batch: Batch, feat: Float[Tensor, "M F"], predicted: list[slice], weight: Float[Tensor, " M"]
     ) -> dict[str, Tensor]:
-        """Reward and continue losses on real states and on rolled-out ones, weighted."""
+        """Reward and continue losses on real states and on those ``predicted``, weighted."""
         t = batch.reward.shape[1]
         going = 1.0 - batch.is_terminal.float()
-        feat = torch.cat([real, self.feat(rolled.reached)])
         read = self.head_trunk(feat if self.config.head_gradient else feat.detach())
-        spans = [slice(0, t), *rolled.spans]
+        spans = [slice(0, t), *predicted]
         reward = self.reward_head.loss(read, _arrivals(batch.reward, spans))
         cont = self.cont_head.loss(read, _arrivals(going, spans))
         return {"reward_loss": (weight * reward).sum(), "cont_loss": (weight * cont).sum()}
