@@ -123,7 +123,7 @@ class Session:
     @property
     def frame_rate(self) -> float:
         """Agent steps in a second of simulated time, for videos at real speed."""
-        return float(self.eval_envs.metadata["render_fps"])
+        return float(self.envs.metadata["render_fps"])
 
     def due(self, name: str, every: int) -> bool:
         """Whether the counter has entered a new interval of ``every`` env_steps since ``name`` was last due."""

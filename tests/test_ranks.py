@@ -99,7 +99,7 @@ def test_one_process_is_all_ranks() -> None:
 
 def test_command_runs_to_the_end_and_says_so_once(trained: Trained) -> None:
     assert trained.process.returncode == 0, trained.process.stderr
-    assert trained.process.stdout.count("evaluation: ") == 1
+    assert trained.process.stdout.count("evaluation: ") == trained.process.stdout.count("video: ") == 1
     assert "Traceback" not in trained.process.stderr
 
 
