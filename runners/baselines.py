@@ -28,13 +28,14 @@ from runners.baseline_agent import CLIP_OBS, EPSILON, BaselineAgent, build_basel
 from runners.baseline_buffer import RowBuffer
 from runners.baseline_config import OffPolicyConfig, PPOConfig
 from runners.checkpoint import CheckpointError
-from runners.config import Config
+from runners.config import Config, resolve_device
 from runners.disk import clear_disk_full
 from runners.rollout import Evaluation
 from runners.run import load_agent
 from runners.session import Session, claim_run, lock_run, set_torch_random, torch_random
 from runners.train import Meter, StopOnSignal, assess, finish
 from runners.vecenv import TaskVecEnv
+from worldmodels import ranks
 
 PICTURE = 84
 """Height of the pictures in which DrQ counts its shifts."""
@@ -46,7 +47,12 @@ def train_baseline(config: Config, *, quiet: bool = False) -> Evaluation | None:
     Raises one of ``runners.train.USER_ERRORS``; what was saved before stays as it was.
     """
     newest = None
-    with clear_disk_full(Path(config.run_dir)), BaselineRun(config, quiet=quiet) as run, StopOnSignal() as stop:
+    with (
+        clear_disk_full(Path(config.run_dir)),
+        ranks.together(resolve_device(config.device)),  # which the run refuses
+        BaselineRun(config, quiet=quiet) as run,
+        StopOnSignal() as stop,
+    ):
         if run.env_steps < config.env_steps:
             callback = _Between(run, stop)
             run.learn(callback)

@@ -20,6 +20,7 @@ from agents.actor_critic import CriticConfig, Pathwise, PolicyConfig
 from agents.dreamer import DreamerAgent, DreamerConfig
 from agents.interface import NonFiniteLoss
 from runners import train as program
+from runners.config import ConfigError
 from runners.run import Run
 from tests.loop_helpers import TINY, config, signal_at_row
 from tests.test_lewm import SMALL, random_batch
@@ -172,6 +173,11 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
         result = program.train(config(folder / "run", RUN), quiet=True)
     told |= {"result": None if result is None else result.returns}
     with as_torchrun(rank, ports[3]):
+        told |= {
+            "baseline": refusal(lambda: program.train(config(folder / "baseline", RUN, agent="sac", env__obs="state")))
+        }
+        torch.distributed.destroy_process_group()
+    with as_torchrun(rank, ports[4]):
         told |= {"lost": lose(rank)}
     torch.save(found, folder / f"answers-{rank}.pt")
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
@@ -180,7 +186,7 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
 def refusal(attempt: Callable[[], object]) -> str:
     try:
         attempt()
-    except ranks.RanksError as error:
+    except (ranks.RanksError, ConfigError) as error:
         return str(error)
     return ""
 

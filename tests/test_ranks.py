@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    torch.multiprocessing.spawn(work, (free_ports(4), folder), nprocs=2)
+    torch.multiprocessing.spawn(work, (free_ports(5), folder), nprocs=2)
     answers = [torch.load(folder / f"answers-{rank}.pt", weights_only=True) for rank in range(2)]
     told = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
     return Pair(answers, told, folder / "run")
@@ -197,6 +197,11 @@ def test_what_cannot_be_divided_is_refused(changes: dict[str, int], said: str, t
 def test_the_random_agent_is_for_one_process(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--agent random learns in one process, not in 2"):
         check_parts(replace(config(tmp_path, RUN), agent="random"), 2)
+
+
+def test_a_baseline_is_for_one_process(pair: Pair) -> None:
+    assert all("--agent sac learns in one process, not in 2" in told["baseline"] for told in pair.told)
+    assert not (pair.run.parent / "baseline").exists()
 
 
 def test_statistics_of_a_batch_are_refused(pair: Pair) -> None:
