@@ -23,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from gymnasium.error import DependencyNotInstalled
 from torch import Tensor
 
 from agents.captured import NotRecordable
@@ -50,6 +51,7 @@ USER_ERRORS = (
     NoOpenGL,
     EnvironmentFault,
     WorkerFailure,
+    DependencyNotInstalled,  # a task of Gymnasium's; it says what to install
     NonFiniteLoss,
     CheckpointError,
     ReplayError,

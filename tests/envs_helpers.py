@@ -20,7 +20,8 @@ class Counting(gym.Env[np.ndarray, Any]):
     random draw of the episode is below a half, else truncated. Its picture is as bright as the step number.
 
     Args:
-        bad: what goes wrong at step 3: nothing, "reward" or "obs" is not finite, "crash" raises.
+        bad: what goes wrong at step 3: nothing, "reward" or "obs" is not finite, "crash" raises. "picture": the first
+            picture needs what is not installed.
         discrete, unbounded: another action space.
     """
 
@@ -52,6 +53,8 @@ class Counting(gym.Env[np.ndarray, Any]):
         return obs, reward, over and self.terminates, over and not self.terminates, {}
 
     def render(self) -> np.ndarray:
+        if self._bad == "picture":
+            raise gym.error.DependencyNotInstalled("a painter is not installed, run `pip install painter`")
         return np.full((40, 60, 3), 10 * self._count, np.uint8)
 
 
@@ -90,6 +93,7 @@ for _name, _kwargs in {
     "BadReward-v0": {"bad": "reward"},
     "BadObs-v0": {"bad": "obs"},
     "Crash-v0": {"bad": "crash"},
+    "Painted-v0": {"bad": "picture"},
     "Discrete-v0": {"discrete": True},
     "Unbounded-v0": {"unbounded": True},
 }.items():
