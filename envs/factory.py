@@ -158,6 +158,7 @@ def make_env(task: str, config: EnvConfig = DEFAULT, seed: int = 0) -> gym.Env:
         UnsupportedSetting: it has no such camera, or no script.
         NoPhysics: the config wants the physics of a task without MuJoCo.
         NoOpenGL: at the first picture, on a machine that cannot draw.
+        gymnasium.error.DependencyNotInstalled: it needs a package that is not installed.
     """
     found = resolve_task(task)
     env = _make_dmc(found, config) if found.suite == "dmc" else _make_gym(found, config)
@@ -197,7 +198,10 @@ def _make_gym(task: Task, config: EnvConfig) -> gym.Env:
 
     is_mujoco = task.suite == "mujoco" or task.name in _mujoco_ids("v4", "v5")
     own_rendering = {} if is_mujoco or config.obs == "state" else {"render_mode": "rgb_array"}
-    env = gym.make(task.name, max_episode_steps=config.time_limit, disable_env_checker=True, **own_rendering)
+    try:
+        env = gym.make(task.name, max_episode_steps=config.time_limit, disable_env_checker=True, **own_rendering)
+    except ImportError as error:
+        raise gym.error.DependencyNotInstalled(f"{task} cannot be made here: {error}") from error
     if isinstance(env.unwrapped, MujocoEnv):
         return Pictures(Divergence(env), config.size, _mujoco_camera(env.unwrapped, config))
     if config.camera is not None:

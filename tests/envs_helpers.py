@@ -88,6 +88,7 @@ class Moody(gym.Env[np.ndarray, np.ndarray]):
 
 
 gym.register("Moody-v0", entry_point=Moody)
+gym.register("Absent-v0", entry_point="absent_package:Env")
 for _name, _kwargs in {
     "Counting-v0": {},
     "BadReward-v0": {"bad": "reward"},

@@ -90,6 +90,7 @@ def assert_goes_on_to_the_same_end(path: Path, uninterrupted: Path) -> None:
         ({"task": "gym/tests.envs_helpers:Unbounded-v0"}, "unbounded actions"),
         ({"task": "gym/tests.envs_helpers:Discrete-v0", "num_envs": 2}, "discrete actions are not"),
         ({"task": "gym/tests.envs_helpers:Painted-v0", "env.obs": "pixels"}, "run `pip install painter`"),
+        ({"task": "gym/tests.envs_helpers:Absent-v0"}, "No module named 'absent_package'"),
         ({"env.camera": 9}, "no camera to choose"),
         (
             {"task": "dmc/cartpole-swingup", "env.camera": 9, "num_envs": 2, "env.action_repeat": 1},
