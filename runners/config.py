@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from agents.actor_critic import CriticConfig, Estimator, Pathwise, PolicyConfig, Reinforce
-from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
+from agents.dreamer import Compilation, DreamerAgent, DreamerConfig, computes_bf16
 from agents.interface import Agent
 from agents.mpc import MPCAgent, MPCConfig, build_planner
 from agents.random import RandomAgent
@@ -127,9 +127,16 @@ class ConfigError(ValueError):
 
 
 def presets() -> dict[str, Config]:
-    """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol."""
+    """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol.
+
+    The processor sets the budget of ``cpu``, so that it takes less than 20 minutes of two cores: those that compute in
+    bfloat16 have been more than twice as fast. All else is the same on both.
+    """
     # Not the field's own default, which is what run folders without the field were made with.
-    cpu = Config(model=LeWMConfig(keypoint=KeypointConfig(kernel=1)))
+    cpu = Config(
+        env_steps=480_000 if computes_bf16(torch.device("cpu")) else 320_000,
+        model=LeWMConfig(keypoint=KeypointConfig(kernel=1)),
+    )
     cuda = Config(
         env_steps=100_000,
         env=EnvConfig(render="canonical", action_repeat=2),

@@ -96,6 +96,15 @@ def test_presets_differ_where_the_machines_do() -> None:
     assert presets()["cuda"].env.render == "canonical"
 
 
+@pytest.mark.parametrize(("bf16", "budget"), [(True, 480_000), (False, 320_000)])
+def test_processors_that_compute_in_bfloat16_have_a_larger_budget_and_nothing_else(
+    bf16: bool, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = presets()["cpu"]
+    monkeypatch.setattr("runners.config.computes_bf16", lambda device: bf16)
+    assert presets()["cpu"] == dataclasses.replace(here, env_steps=budget)
+
+
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
