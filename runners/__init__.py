@@ -3,12 +3,7 @@
 from runners import MPC, Dreamer      # the agents, behind Stable-Baselines3's API
 """
 
-import os
 from typing import TYPE_CHECKING, Any
-
-# Before torch is imported anywhere. Its threads wait for their next operator by spinning, unless told otherwise, on
-# cores that the environments' processes, the renderer and the other half of an update have work for.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from runners.sb3 import MPC, Dreamer
