@@ -137,8 +137,8 @@ def presets() -> dict[str, Config]:
     cpu = Config(
         env_steps=480_000 if computes_bf16(torch.device("cpu")) else 320_000,
         model=LeWMConfig(keypoint=KeypointConfig(kernel=1)),
-        # Planned as well as by twice 64 candidates, 8 of them elites, in three quarters of the time.
-        mpc=MPCConfig(mppi=MPPIConfig(iterations=1, elites=16)),
+        # Further and smoother than the fields' own defaults, and cheaper: one search among fewer candidates.
+        mpc=MPCConfig(horizon=5, mppi=MPPIConfig(samples=32, iterations=1, elites=8, temperature=1.0)),
     )
     cuda = Config(
         env_steps=100_000,
