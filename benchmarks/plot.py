@@ -26,6 +26,8 @@ PUBLISHED_STYLES = (("o", "--"), ("s", ":"), ("^", "-."), ("D", (0, (5, 1))), ("
 """Marker and line of each published algorithm; all of them are grey, so that what was measured here stands out."""
 
 _LETTERS_AN_INCH = 17  # of the caption, which nothing else keeps within the picture
+_LETTERS_AN_INCH_OF_LEGEND = 10
+_LEGEND_MARGIN = 0.6  # inches, with the line that stands before a label
 
 
 class PlotError(ValueError):
@@ -219,7 +221,7 @@ def plain(axis: Axes) -> None:
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Every label once, above all panels, in as many columns as fit."""
+    """Every label once, above all panels, in as many columns as fit; one too long for any is broken into lines."""
     entries: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -230,10 +232,11 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
         return label.endswith("published"), "from state" in label
 
     ordered = {label: entries[label] for label in sorted(entries, key=rank)}
+    width = int((figure.get_figwidth() - _LEGEND_MARGIN) * _LETTERS_AN_INCH_OF_LEGEND)
     for columns in range(min(len(ordered), int(figure.get_figwidth() / 2)), 0, -1):
         drawn = figure.legend(
             list(ordered.values()),
-            list(ordered),
+            list(ordered) if columns > 1 else [textwrap.fill(label, width) for label in ordered],
             loc="outside upper left",
             ncols=columns,
             frameon=False,
