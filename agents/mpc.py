@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
@@ -36,6 +37,8 @@ class MPCConfig:
     """Which search; the settings of each are below."""
     horizon: int = 3
     """Planned decisions, H, as in TD-MPC2 (arXiv 2310.16828); keep it within the world model's rollout."""
+    collecting_horizon: int | None = None
+    """The most decisions to plan while collecting, which makes many more of them than evaluating. None: ``horizon``."""
     proposals: int = 8
     """Candidates that the policy imagines, the first without noise. 0: none."""
     terminal_value: bool = True
@@ -140,31 +143,40 @@ class MPCAgent(DreamerAgent):
             state = self.model.observe(carry.state, carry.action, pixels, first)
             value = self.critic.value if self.mpc.terminal_value else None
             score = ImaginedReturn(self.model, state, self.config.discount, value)
-            mean = torch.where(first[:, None, None], 0.0, shift(carry.plan))
+            mean = torch.where(first[:, None, None], 0.0, shift(carry.plan))[:, : self._ahead(explore)]
             found = self.planner.search(
                 score,
                 mean,
                 torch.full_like(mean, self.mpc.std),
-                proposals=self._propose(state, len(obs), generator),
+                proposals=self._propose(state, mean.shape[:2], generator),
                 generator=generator,
             )
         action = found.action[:, 0]
         if explore:
             noise = found.std[:, 0].clamp(max=self.mpc.noise) * torch.randn_like(action)
             action = (action + noise).clamp(-1, 1)
-        return action.cpu().numpy(), MPCCarry(state, action, found.action)
+        plan = F.pad(found.action, (0, 0, 0, self.mpc.horizon - mean.shape[1]))
+        return action.cpu().numpy(), MPCCarry(state, action, plan)
 
-    def _propose(self, state: State, envs: int, generator: torch.Generator | None) -> Float[Tensor, "E P H A"] | None:
+    def _ahead(self, explore: bool) -> int:
+        """Planned decisions."""
+        most = self.mpc.collecting_horizon if explore else None
+        return self.mpc.horizon if most is None else min(most, self.mpc.horizon)
+
+    def _propose(
+        self, state: State, shape: torch.Size, generator: torch.Generator | None
+    ) -> Float[Tensor, "E P H A"] | None:
         """Plans as the policy imagines them: the first by its most likely actions, the others sampled."""
         count = self.mpc.proposals
         if not count:
             return None
+        envs, horizon = shape
         state = self.model.futures(state)(count)
         first = torch.arange(envs * count, device=self.device)[:, None] % count == 0
         actions = []
-        for _ in range(self.mpc.horizon):
+        for _ in range(horizon):
             mean, std = self.policy(self.model.feat(state))
             noise = torch.empty_like(std).normal_(generator=generator).masked_fill(first, 0.0)
             actions.append(self.policy.action(mean, std, noise))
             state = self.model.imagine(state, actions[-1])
-        return torch.stack(actions, 1).view(envs, count, self.mpc.horizon, -1)
+        return torch.stack(actions, 1).view(envs, count, horizon, -1)

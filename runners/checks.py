@@ -68,6 +68,7 @@ def check_numbers(config: Config) -> None:
         ("--dreamer.behaviour-every", config.dreamer.behaviour_every, 1),
         ("--dreamer.critic.members", config.dreamer.critic.members, 1),
         ("--mpc.horizon", config.mpc.horizon, 1),
+        ("--mpc.collecting-horizon", 1 if config.mpc.collecting_horizon is None else config.mpc.collecting_horizon, 1),
         ("--mpc.proposals", config.mpc.proposals, 0),
         ("--mpc.std", config.mpc.std, 0),
         ("--mpc.noise", config.mpc.noise, 0),

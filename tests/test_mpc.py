@@ -153,6 +153,26 @@ def test_a_search_starts_from_the_last_plan_shifted_and_from_nothing_in_a_new_ep
     assert (planner.means[1][1] == 0).all()
 
 
+def test_fewer_decisions_are_planned_while_collecting() -> None:
+    agent = point_agent(collecting_horizon=2, proposals=3)
+    agent.planner = planner = KnownPlan(std=0.1)
+    carry = agent.initial(1)
+    x = np.zeros((1, 1), np.float32)
+    for first, explore in ((True, True), (False, True), (False, False)):
+        _, carry = agent.act(x, np.array([first]), carry, explore=explore)
+    assert [mean.shape[1] for mean in planner.means] == [2, 2, MPC.horizon]
+    assert [plans.shape[2] for plans in planner.proposals] == [2, 2, MPC.horizon]
+    for mean in planner.means[1:]:
+        torch.testing.assert_close(mean.flatten(), torch.tensor([0.2, 0.0, 0.0, 0.0])[: mean.shape[1]])
+
+
+def test_more_while_collecting_than_at_all_are_not_planned() -> None:
+    agent = point_agent(collecting_horizon=9)
+    agent.planner = planner = KnownPlan(std=0.1)
+    agent.act(np.zeros((1, 1), np.float32), np.ones(1, bool), agent.initial(1), explore=True)
+    assert planner.means[0].shape[1] == MPC.horizon
+
+
 def test_the_policy_proposes_plans_the_first_by_its_most_likely_actions() -> None:
     agent = point_agent(proposals=3)
     agent.planner = planner = KnownPlan(std=0.1)
@@ -205,6 +225,7 @@ def refusal(tmp_path: Path, settings: dict[str, Any]) -> str:
 
 def test_what_cannot_plan_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, {"mpc.horizon": 0}) == "--mpc.horizon is 0, but must be at least 1"
+    assert refusal(tmp_path, {"mpc.collecting-horizon": 0}) == ("--mpc.collecting-horizon is 0, but must be at least 1")
     assert "--mpc.mppi: a planner needs at least 1" in refusal(tmp_path, {"mpc.mppi.samples": 0})
     assert "no reward was learned" in refusal(tmp_path, {"model.reward-weight": 0})
 
