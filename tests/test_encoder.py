@@ -11,7 +11,9 @@ from worldmodels.encoder import (
     KeypointEncoder,
     Normaliser,
     StateEncoder,
+    expected_positions,
     random_shift,
+    strided_convolution,
 )
 
 SMALL = ConvConfig(channels=(4, 6, 8), hidden=16)
@@ -189,6 +191,38 @@ def test_positions_stay_exact_under_autocast() -> None:
         rounded = encoder.positions(image)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.0, atol=2e-3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (70, 33), (8, 11)])
+def test_a_convolution_over_gathered_rows_is_the_convolution(height: int, width: int) -> None:
+    conv = nn.Conv2d(3, 5, 8, 4)
+    image = torch.randn(2, 3, height, width, requires_grad=True)
+    wanted, got = conv(image), strided_convolution(image, conv)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    inputs, grad = [image, *conv.parameters()], torch.randn_like(wanted)
+    gradients = (torch.autograd.grad(y, inputs, grad) for y in (got, wanted))
+    for mine, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_the_softmaxs_means_and_so_are_their_gradients() -> None:
+    maps = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    places = torch.randn(2, 20, dtype=torch.float64)
+    grid = torch.cat([torch.ones_like(places[:1]), places])
+    means = torch.einsum("npi,ci->ncp", maps.flatten(2).softmax(-1), places)
+    torch.testing.assert_close(expected_positions(maps, grid), means)
+    assert torch.autograd.gradcheck(lambda x: expected_positions(x, grid), maps)
+
+
+def test_the_sharpest_maps_give_places_and_no_denormal_gradients() -> None:
+    maps = (100 * torch.randn(2, 3, 4, 5)).requires_grad_()
+    grid = torch.cat([torch.ones(1, 20), torch.randn(2, 20)])
+    positions = expected_positions(maps, grid)
+    torch.testing.assert_close(positions[..., 0], grid[1:, maps[:, 0].flatten(1).argmax(1)].t(), atol=1e-3, rtol=0)
+    positions.backward(1e-6 * torch.randn_like(positions))
+    assert maps.grad is not None
+    sizes = maps.grad.abs()
+    assert not ((sizes > 0) & (sizes < torch.finfo(torch.float32).tiny)).any()
 
 
 def test_state_encoder() -> None:
