@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldmodels import ranks
-from worldmodels.heads import ScalarHead, mlp
+from worldmodels.heads import ScalarHead, TwoHot, mlp
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,19 @@ class Critic(nn.Module):
             ScalarHead(feat_dim, config.units, layers=config.layers, limit=config.limit) for _ in range(config.members)
         )
         self.slow = copy.deepcopy(self.members).requires_grad_(False)
+        self.code = TwoHot(limit=config.limit)
+
+    @staticmethod
+    def _logits(members: nn.ModuleList, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "members *N bins"]:
+        return torch.stack([member.net(feat) for member in members])  # type: ignore[operator]
 
     def loss(self, feat: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
         """Two-hot cross entropy a row, mean over the members."""
-        return torch.stack([member.loss(feat, target) for member in self.members]).mean(0)  # type: ignore[operator]
+        return self.code.loss(self._logits(self.members, feat), target).mean(0)
 
     def value(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """What bootstraps: see :class:`CriticConfig`."""
-        values = torch.stack([member(feat) for member in self.slow])
+        values = self.code.mean(self._logits(self.slow, feat))
         if len(self.slow) == 1 or self.config.pessimism == 0:
             return values.mean(0)
         return values.mean(0) - self.config.pessimism * 0.5 * (values.amax(0) - values.amin(0))

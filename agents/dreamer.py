@@ -287,10 +287,15 @@ class DreamerAgent:
 
     def _add_gradients(self, gradients: Mapping[str, tuple[Tensor | None, ...]]) -> None:
         """The critic's meet those from the replayed rows."""
+        met: list[tuple[Tensor, Tensor]] = []
         for name, of_group in gradients.items():
             for parameter, gradient in zip(self.groups[name], of_group, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                elif gradient is not None:
+                    met.append((parameter.grad, gradient))
+        if met:
+            torch._foreach_add_(*zip(*met, strict=True))
 
     def _add_up(self, metrics: dict[str, Tensor], learning: list[str]) -> dict[str, Tensor]:
         """Every rank's gradients, and its shares of the metrics, become the sums over all: a NaN of one, too."""

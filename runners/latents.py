@@ -160,6 +160,6 @@ def imagine_ahead(model: LeWorldModel, state: State, actions: Float[Tensor, "N H
         latents = []
         for action in actions[rows].to(device).unbind(1):
             now = model.imagine(now, action)
-            latents.append(now.z[:, -1].float().cpu())
+            latents.append(model.latent(now).cpu())
         out.append(torch.stack(latents, 1))
     return torch.cat(out)

@@ -132,7 +132,7 @@ def clip_scores(model: LeWorldModel, before: State, clips: Clips, scale: float) 
     scores = []
     for step in range(clips.obs.shape[1]):
         action = torch.from_numpy(clips.action[:, step]).to(device)
-        predicted = model.imagine(state, action).z[:, -1]
+        predicted = model.latent(model.imagine(state, action))
         state = model.observe(state, action, torch.from_numpy(clips.obs[:, step]).to(device), going_on)
         scores.append((predicted - state.z[:, -1]).float().square().mean(1).cpu().numpy() / scale)
     return np.stack(scores, 1)

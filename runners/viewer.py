@@ -158,7 +158,7 @@ def open_loop(model: LeWorldModel, batch: Batch, context: int) -> Float[Tensor, 
             state = model.observe(state, action, batch.obs[:, t], batch.is_first[:, t])
         else:
             state = model.imagine(state, action)
-        latents.append(state.z[:, -1])
+        latents.append(model.latent(state))
         action = batch.action[:, t]
     return torch.stack(latents, 1)
 

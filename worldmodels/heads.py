@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -65,9 +67,9 @@ class TwoHot(nn.Module):
         # Not a matrix product: autocast would run that in bfloat16, with an error as large as an advantage.
         return (difference * self.bins[middle + 1 :]).sum(-1)
 
-    def loss(self, logits: Float[Tensor, "*N bins"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    def loss(self, logits: Float[Tensor, "*M bins"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*M"]:
         """Cross entropy with the two-hot code of ``target``: the two bins around it, weighted so that, in symexp space,
-        their mean is the target."""
+        their mean is the target. Logits may have leading axes that targets have not."""
         target = target.detach().float()
         count = self.bins.shape[0]
         position = (symlog(target).clamp(-self.limit, self.limit) + self.limit) / self.step
@@ -75,10 +77,25 @@ class TwoHot(nn.Module):
         low = position.nan_to_num().floor().clamp(0, count - 2).long()
         left, right = self.bins[low], self.bins[low + 1]
         weight = ((target - left) / (right - left)).clamp(0, 1)
-        logits = logits.float()
-        chosen = logits.gather(-1, torch.stack([low, low + 1], -1))
-        mixed = chosen[..., 0] * (1 - weight) + chosen[..., 1] * weight
-        return logits.logsumexp(-1) - mixed
+        return _CrossEntropy.apply(logits, torch.stack([low, low + 1], -1), torch.stack([1 - weight, weight], -1))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Of a softmax and a code of few bins, in float32; its gradient is their difference."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, bins: Tensor, code: Tensor) -> Tensor:
+        log_probs, shape = logits.float().log_softmax(-1), (*logits.shape[:-1], bins.shape[-1])
+        bins, code = bins.expand(shape), code.expand(shape)
+        ctx.save_for_backward(log_probs, bins, code)
+        ctx.dtype = logits.dtype
+        return -(log_probs.gather(-1, bins) * code).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        log_probs, bins, code = ctx.saved_tensors
+        return (log_probs.exp().scatter_add_(-1, bins, -code) * grad.unsqueeze(-1)).to(ctx.dtype), None, None
 
 
 class ScalarHead(nn.Module):

@@ -81,14 +81,20 @@ class Predictor(Protocol):
 class CachingPredictor(Predictor, Protocol):
     """A predictor that can keep, between the imagined steps of many futures, what it would compute again."""
 
+    cheap: bool
+    """Whether ``recall`` costs nothing and ``step`` is all there is, in train mode too: then every imagined step is one.
+    Otherwise only those of many futures of one memory are, in eval mode."""
+
     def recall(self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K1 A"], valid: Bool[Tensor, "B K"]) -> Any:
         """A cache of what was observed. ``action`` is what left between the K latents."""
         ...
 
     def step(
-        self, cache: Any, z: Float[Tensor, "R D"], action: Float[Tensor, "R A"]
+        self, cache: Any, z: Float[Tensor, "R D"], moved: Float[Tensor, "R M"], action: Float[Tensor, "R A"]
     ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R F"], Any]:
-        """What calling it with whole windows answers, and the next cache, for R/B futures of each stream, row-major."""
+        """What calling it with whole windows answers, as the change from the newest latent ``z``, and the next cache;
+        for R/B futures of each stream, row-major. ``moved`` is how z came to move: the window's differences, oldest
+        first."""
         ...
 
 

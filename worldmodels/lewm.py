@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from worldmodels import ranks
@@ -34,7 +35,7 @@ from worldmodels.predictor import WindowConfig, WindowPredictor
 from worldmodels.sigreg import effective_rank, random_directions, sigreg
 from worldmodels.transformer import TransformerConfig, TransformerPredictor
 from worldmodels.vit import ViTConfig, ViTEncoder
-from worldmodels.windows import unfold_windows
+from worldmodels.windows import differences, joined, rows_since_start, unfold_windows
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,13 @@ class LeWMState(NamedTuple):
 
 
 class LeWMFuture(NamedTuple):
-    """A memory that is only imagined on, with what its predictor keeps between steps in place of the actions."""
+    """A memory that is only imagined on: the newest latent, how it came to move, and what the predictor keeps."""
 
-    z: Float[Tensor, "B K D"]
-    valid: Bool[Tensor, "B K"]
+    z: Float[Tensor, "B D"]
+    moved: Float[Tensor, "B M"]
+    """Differences of successive latents, oldest first."""
     hidden: Float[Tensor, "B F"]
     cache: Any
-
-
-Memory = TypeVar("Memory", LeWMState, LeWMFuture)
 
 
 class LeWMEmbedded(NamedTuple):
@@ -132,28 +131,31 @@ class LeWMEmbedded(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Open-loop predictions of 1, 2, … steps, one step after the other; R rows in all."""
+    """Open-loop predictions of 1, 2, … steps, one number of steps after the other; R rows in all."""
 
-    spans: list[slice]
-    """For each number of steps: the rows of every sequence that are predicted."""
-    sizes: list[int]
-    """For each number of steps: how many rows these are, of all sequences together."""
-    reached: LeWMState
-    """The predicted states (R,…)."""
+    steps: int
+    """The most."""
+    near: int
+    """How many of one step there are; of each other number of steps there are as many as of every other."""
+    row: Int[Tensor, " R"]
+    """Which of the batch's rows each predicts, row-major over B then T."""
+    ahead: Int[Tensor, " R"]
+    """In how many steps."""
+    feat: Float[Tensor, "R F"]
+    """Of the predicted states."""
     error: Float[Tensor, " R"]
     """Squared error of each one's latent against its row's."""
-    mask: Float[Tensor, " R"]
+    alive: Float[Tensor, " R"]
     """1 where that row still belongs to the episode that the prediction started in."""
 
-    @property
-    def steps(self) -> int:
-        return len(self.spans)
+    def sums(self, x: Float[Tensor, " R"]) -> Float[Tensor, " steps"]:
+        """Of what belongs to the predictions, the sum over those of each number of steps."""
+        near, far = x.split([self.near, len(x) - self.near])
+        return torch.cat([near.sum().view(1), far.view(self.steps - 1, -1).sum(1)]) if len(far) else near.sum().view(1)
 
-    def errors(self, k: int) -> Float[Tensor, " N"]:
-        return self.error.split(self.sizes)[k - 1]
-
-    def alive(self, k: int) -> Float[Tensor, " N"]:
-        return self.mask.split(self.sizes)[k - 1]
+    def means(self, x: Float[Tensor, " R"], alive: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
+        """The same as means over those ``alive``, of which there are so many of each number of steps."""
+        return self.sums(x * self.alive) / alive.clamp(min=1)
 
 
 class LeWorldModel(WorldModel):
@@ -176,6 +178,7 @@ class LeWorldModel(WorldModel):
         self.encoder = encoder
         self.predictor: Predictor = predictor
         self.history = predictor.history
+        self._caches = isinstance(predictor, CachingPredictor)
         self.feat_dim = config.latent_dim * self.history + predictor.hidden_dim
         self.head_trunk = mlp_trunk([self.feat_dim, config.head_units])
         self.reward_head = ScalarHead(config.head_units, layers=0, limit=config.reward_limit)
@@ -210,30 +213,35 @@ class LeWorldModel(WorldModel):
             hidden=predicted.hidden.float().masked_fill(~(keep & state.valid[:, -1:]), 0.0),
         )
 
-    def imagine(self, state: Memory, action: Float[Tensor, "B A"]) -> Memory:
-        if not isinstance(state, LeWMFuture):
-            return self._advance(state, action, None)
-        assert isinstance(self.predictor, CachingPredictor)
-        newest, hidden, cache = self.predictor.step(state.cache, state.z[:, -1], action)
-        return LeWMFuture(
-            z=torch.cat([state.z[:, 1:], newest[:, None]], 1),
-            valid=torch.cat([state.valid[:, 1:], torch.ones_like(state.valid[:, :1])], 1),
-            hidden=hidden,
-            cache=cache,
-        )
+    def imagine(self, state: LeWMState | LeWMFuture, action: Float[Tensor, "B A"]) -> LeWMState | LeWMFuture:
+        if isinstance(state, LeWMState):
+            if not (self._caches and self._caching.cheap):
+                return self._advance(state, action, None)
+            state = self._future(state, self._recall(state))
+        change, hidden, cache = self._caching.step(state.cache, state.z, state.moved, action)
+        moved = state.moved
+        if self.history > 1:
+            moved = joined([moved[:, self.config.latent_dim :], change], change.dtype)
+        return LeWMFuture(state.z + change, moved, hidden, cache)
 
     def futures(self, state: LeWMState) -> Callable[[int], State]:
         copies = super().futures(state)
         # In train mode dropout draws anew for each window, which a cache cannot.
-        if self.training or not isinstance(self.predictor, CachingPredictor):
+        if self.training or not self._caches or self._caching.cheap:
             return copies
-        cache = self.predictor.recall(state.z, state.action, state.valid)
+        cache = self._recall(state)
+        return lambda n: self._future(copies(n), cache)
 
-        def begin(n: int) -> LeWMFuture:
-            z, _, valid, hidden = copies(n)
-            return LeWMFuture(z, valid, hidden, cache)
+    @property
+    def _caching(self) -> CachingPredictor:
+        return cast(CachingPredictor, self.predictor)
 
-        return begin
+    def _recall(self, state: LeWMState) -> Any:
+        return self._caching.recall(state.z, state.action, state.valid)
+
+    @staticmethod
+    def _future(state: LeWMState, cache: Any) -> LeWMFuture:
+        return LeWMFuture(state.z[:, -1], differences(state.z, state.valid), state.hidden, cache)
 
     def _advance(self, state: LeWMState, action: Tensor, z: Tensor | None) -> LeWMState:
         """Push ``action`` and the next latent (the predicted one where ``z`` is None) into the window."""
@@ -248,11 +256,12 @@ class LeWorldModel(WorldModel):
         )
 
     def feat(self, state: LeWMState | LeWMFuture) -> Float[Tensor, "B F"]:
-        moved = (state.z[:, 1:] - state.z[:, :-1]).masked_fill(~state.valid[:, :-1, None], 0.0)
-        return torch.cat([state.z[:, -1], moved.flatten(1), state.hidden], -1)
+        if isinstance(state, LeWMState):
+            state = self._future(state, None)
+        return joined([state.z, state.moved, state.hidden], state.hidden.dtype)
 
     def latent(self, state: LeWMState | LeWMFuture) -> Float[Tensor, "B D"]:
-        return state.z[:, -1].float()
+        return (state.z[:, -1] if isinstance(state, LeWMState) else state.z).float()
 
     def reward(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         return self.reward_head(self.head_trunk(feat))
@@ -264,7 +273,7 @@ class LeWorldModel(WorldModel):
         read = self.head_trunk(feat)
         return self.reward_head(read), self.cont_head(read)
 
-    def settled(self, state: LeWMState | LeWMFuture) -> Bool[Tensor, " B"]:
+    def settled(self, state: LeWMState) -> Bool[Tensor, " B"]:
         return state.valid.all(1)
 
     def encode(self, obs: Shaped[Tensor, "N *obs"]) -> Float[Tensor, "N D"]:
@@ -283,7 +292,7 @@ class LeWorldModel(WorldModel):
         windows, actions, valid = unfold_windows(z, batch.action, batch.is_first, self.history)
         predicted, hidden = self.predictor.sequence(z[:, :-1], batch.action[:, :-1], batch.is_first[:, :-1])
         arrived = hidden.masked_fill(batch.is_first[:, 1:, None], 0.0)
-        arrived = torch.cat([torch.zeros_like(arrived[:, :1]), arrived], 1)
+        arrived = F.pad(arrived, (0, 0, 1, 0))
         now = LeWMState(z=windows, action=actions[:, :-1], valid=valid, hidden=arrived.flatten(0, 1))
         before = [x.view(b, t, *x.shape[1:])[:, :-1].flatten(0, 1) for x in (windows, actions, valid)]
         after = LeWMState(
@@ -323,28 +332,22 @@ class LeWorldModel(WorldModel):
         states, (_, z, after, directions) = embedded
         rolled = self._rollout(batch, z, after)
         known = self._known(batch)
-        counts = [known.sum(), *(rolled.alive(k).sum() for k in range(1, rolled.steps + 1))]
-        of_known, of_alive = ranks.sum_over_ranks(torch.stack(counts)).split([1, rolled.steps])
-        terms = {
-            "pred_loss": _masked_mean(rolled.errors(1), rolled.alive(1), of_alive[0]),
-            "sigreg_loss": self._sigreg(z, directions),
-        }
+        counts = torch.cat([known.sum().view(1), rolled.sums(rolled.alive)])
+        of_known, of_alive = ranks.sum_over_ranks(counts).split([1, rolled.steps])
+        errors = rolled.means(rolled.error, of_alive)
+        terms = {"pred_loss": errors[0], "sigreg_loss": self._sigreg(z, directions)}
         # One tensor for all that read it: each would otherwise make it, and its gradient, anew.
-        feat = torch.cat([self.feat(states), self.feat(rolled.reached)])
+        feat = torch.cat([self.feat(states), rolled.feat])
         loss = terms["pred_loss"] + cfg.sigreg_weight * terms["sigreg_loss"]
         if rolled.steps > 1 and cfg.rollout_weight:
-            each = [
-                _masked_mean(rolled.errors(k), rolled.alive(k), of_alive[k - 1]) for k in range(2, rolled.steps + 1)
-            ]
-            terms["rollout_loss"] = torch.stack(each).mean()
+            terms["rollout_loss"] = errors[1:].mean()
             loss = loss + cfg.rollout_weight * terms["rollout_loss"]
         if cfg.reward_weight or cfg.cont_weight:
-            weight = torch.cat([known / of_known.clamp(min=1), rolled.mask / of_alive.sum().clamp(min=1)])
-            head_terms = self._head_losses(batch, feat, rolled.spans, weight)
+            weight = torch.cat([known / of_known.clamp(min=1), rolled.alive / of_alive.sum().clamp(min=1)])
+            head_terms = self._head_losses(batch, feat, rolled.row, weight)
             terms |= head_terms
             loss = loss + cfg.reward_weight * head_terms["reward_loss"] + cfg.cont_weight * head_terms["cont_loss"]
-        rows = torch.arange(batch.reward.numel(), device=z.device).view_as(batch.reward)
-        predicted = Predicted(feat, _arrivals(rows, rolled.spans), rolled.mask)
+        predicted = Predicted(feat, rolled.row, rolled.alive)
         return loss, {name: value.detach() for name, value in terms.items()}, predicted
 
     def _remembered(self, is_first: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -365,21 +368,21 @@ class LeWorldModel(WorldModel):
         steps = min(cfg.rollout, t - 1)
         first = 0 if cfg.cut_windows else min(self.history - 1, t - 1 - steps)
         near, far = slice(first, t - 1), slice(first, t - steps, cfg.rollout_every)
-        begun = [
+        begun, state = (
             LeWMState(*(x.unflatten(0, (-1, t - 1))[:, rows].flatten(0, 1) for x in after)) for rows in (near, far)
-        ]
-        same = ~batch.is_first
-        survive = same[:, 1:] & self._remembered(batch.is_first)[:, :-1]
-        spans, states, alive = [_later(near, 1)], [begun[0]], [survive[:, near]]
-        state, survive = begun[1], survive[:, far]
-        for k in range(2, steps + 1):
-            state = self.imagine(state, batch.action[:, _later(far, k - 1)].flatten(0, 1))
-            survive = survive & same[:, _later(far, k)]
-            spans, states, alive = [*spans, _later(far, k)], [*states, state], [*alive, survive]
-        reached = LeWMState(*(torch.cat(x) for x in zip(*states, strict=True)))
-        error = (reached.z[:, -1] - _arrivals(z, spans)).square().mean(-1)
-        mask = torch.cat([x.flatten() for x in alive]).float()
-        return Rollout(spans, [x.numel() for x in alive], reached, error, mask)
+        )
+        states: list[LeWMState | LeWMFuture] = [begun]
+        for k in range(1, steps):
+            later = slice(far.start + k, far.stop + k, far.step)
+            state = self.imagine(state, batch.action[:, later].flatten(0, 1))
+            states.append(state)
+        row, ahead = _reached(z.shape[:2], near, far, steps, z.device)
+        error = (torch.cat([self.latent(x) for x in states]) - z.flatten(0, 1).index_select(0, row)).square().mean(-1)
+        # No episode starts after the row that the prediction started in.
+        alive = rows_since_start(batch.is_first).flatten()[row] >= ahead
+        alive &= self._remembered(batch.is_first).flatten()[row - ahead]
+        feat = torch.cat([self.feat(x) for x in states])
+        return Rollout(steps, len(begun.z), row, ahead, feat, error, alive.float())
 
     def _known(self, batch: Batch) -> Float[Tensor, " N"]:
         """1 for each row whose reward follows from what is remembered: no action led to an is_first row."""
@@ -387,16 +390,14 @@ class LeWorldModel(WorldModel):
         return (~batch.is_first & self._remembered(batch.is_first) & (row > 0)).flatten().float()
 
     def _head_losses(
-        self, batch: Batch, feat: Float[Tensor, "M F"], predicted: list[slice], weight: Float[Tensor, " M"]
+        self, batch: Batch, feat: Float[Tensor, "M F"], predicted: Int[Tensor, " R"], weight: Float[Tensor, " M"]
     ) -> dict[str, Tensor]:
-        """Reward and continue losses on real states and on those ``predicted``, weighted."""
-        t = batch.reward.shape[1]
-        going = 1.0 - batch.is_terminal.float()
+        """Reward and continue losses on real states and on those of rows ``predicted``, weighted."""
         read = self.head_trunk(feat if self.config.head_gradient else feat.detach())
-        spans = [slice(0, t), *predicted]
-        reward = self.reward_head.loss(read, _arrivals(batch.reward, spans))
-        cont = self.cont_head.loss(read, _arrivals(going, spans))
-        return {"reward_loss": (weight * reward).sum(), "cont_loss": (weight * cont).sum()}
+        reward, going = batch.reward.flatten(), 1.0 - batch.is_terminal.flatten().float()
+        reward_loss = self.reward_head.loss(read, torch.cat([reward, reward[predicted]]))
+        cont_loss = self.cont_head.loss(read, torch.cat([going, going[predicted]]))
+        return {"reward_loss": (weight * reward_loss).sum(), "cont_loss": (weight * cont_loss).sum()}
 
     @torch.no_grad()
     def monitors(self, batch: Batch) -> dict[str, float]:
@@ -415,27 +416,24 @@ class LeWorldModel(WorldModel):
             "latent_variance_min": variance.min(),
             "sigreg": sigreg(z, random_directions(z.shape[1], 256, device=z.device, generator=generator)),
         }
-        rows, scale = z.view(b, t, -1), variance.mean().clamp(min=1e-8)
-        for k in sorted({1, rolled.steps}):
-            span = rolled.spans[k - 1]
-            copied = (rows[:, span] - rows[:, _later(span, -k)]).square().mean(-1).flatten()
-            alive = rolled.alive(k)
-            out[f"open_loop_error_{k}"] = _masked_mean(rolled.errors(k), alive, alive.sum()) / scale
-            out[f"copy_last_error_{k}"] = _masked_mean(copied, alive, alive.sum()) / scale
+        alive, scale = rolled.sums(rolled.alive), variance.mean().clamp(min=1e-8)
+        copied = (z[rolled.row] - z[rolled.row - rolled.ahead]).square().mean(-1)
+        for name, errors in (("open_loop", rolled.error), ("copy_last", copied)):
+            means = rolled.means(errors, alive) / scale
+            out |= {f"{name}_error_{k}": means[k - 1] for k in sorted({1, rolled.steps})}
         return {name: float(value) for name, value in out.items()}
 
 
-def _later(rows: slice, by: int) -> slice:
-    return slice(rows.start + by, rows.stop + by, rows.step)
-
-
-def _arrivals(x: Shaped[Tensor, "B T *X"], spans: list[slice]) -> Shaped[Tensor, "R *X"]:
-    """The rows of all sequences that each span names, one span after the other."""
-    return torch.cat([x[:, span].flatten(0, 1) for span in spans])
-
-
-def _masked_mean(x: Float[Tensor, " R"], mask: Float[Tensor, " R"], count: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    return (x * mask).sum() / count.clamp(min=1)
+def _reached(
+    shape: torch.Size, near: slice, far: slice, steps: int, device: torch.device
+) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
+    """Which rows are predicted from rows ``near`` in one step and from rows ``far`` in 2 to ``steps``, and in how many,
+    as in :class:`Rollout`."""
+    rows = torch.arange(shape.numel(), device=device).view(shape)
+    once, further = rows[:, near].flatten(), rows[:, far].flatten()
+    steps_of_far = torch.arange(2, steps + 1, device=device)[:, None].expand(-1, len(further)).flatten()
+    ahead = torch.cat([torch.ones_like(once), steps_of_far])
+    return torch.cat([once, further.repeat(steps - 1)]) + ahead, ahead
 
 
 def build_world_model(obs_shape: tuple[int, ...], action_dim: int, config: LeWMConfig) -> LeWorldModel:

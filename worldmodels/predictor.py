@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from worldmodels.heads import mlp_trunk
-from worldmodels.windows import unfold_windows
+from worldmodels.windows import differences, joined, unfold_windows
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class WindowPredictor(nn.Module):
 
     Differences and actions that would reach before the episode's start are zeros.
     """
+
+    cheap = True
 
     def __init__(self, dim: int, action_dim: int, config: WindowConfig) -> None:
         super().__init__()
@@ -47,12 +49,30 @@ class WindowPredictor(nn.Module):
     def forward(
         self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K A"], valid: Bool[Tensor, "B K"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B F"]]:
-        newest = z[:, -1]
-        missing = ~valid[..., None]
-        differences = (z[:, 1:] - z[:, :-1]).masked_fill(missing[:, :-1], 0.0).flatten(1)
-        actions = action[:, -self.actions :].masked_fill(missing[:, -self.actions :], 0.0).flatten(1)
-        hidden = self.trunk(torch.cat([newest, differences, actions], -1))
-        return newest + self.out(hidden), hidden
+        newest, past = z[:, -1], self.recall(z, action[:, :-1], valid)
+        change, hidden, _ = self.step(past, newest, differences(z, valid), action[:, -1])
+        return newest + change, hidden
+
+    def recall(
+        self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K1 A"], valid: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B P"]:
+        """The actions before the newest that the predictor reads, oldest first; zeros before the episode's start."""
+        first = action.shape[1] + 1 - self.actions
+        return action[:, first:].masked_fill(~valid[:, first:-1, None], 0.0).flatten(1)
+
+    def step(
+        self,
+        cache: Float[Tensor, "B P"],
+        z: Float[Tensor, "R D"],
+        moved: Float[Tensor, "R M"],
+        action: Float[Tensor, "R A"],
+    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R F"], Float[Tensor, "R P"]]:
+        """See :class:`~worldmodels.interface.CachingPredictor`."""
+        if len(cache) < len(z):
+            cache = cache.repeat_interleave(len(z) // len(cache), 0)
+        actions = torch.cat([cache, action], -1)
+        hidden = self.trunk(joined([z, moved, actions], moved.dtype))
+        return self.out(hidden), hidden, actions[:, action.shape[1] :]
 
     def sequence(
         self, z: Float[Tensor, "B T D"], action: Float[Tensor, "B T A"], is_first: Bool[Tensor, "B T"]

@@ -56,7 +56,7 @@ class _EppsPulley(torch.autograd.Function):
 
     The knots are multiples of dt, so cos(k·dt·x) and sin(k·dt·x) come from one cos and one sin by rotation; and the
     gradient is a weighted sum of the same cosines and sines, so it is computed here and no graph of 17 knots is kept.
-    Together that is about five times faster on CPU than autograd through the formula, at the same float32 error.
+    Together that is several times faster on CPU than autograd through the formula, at the same float32 error.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class _EppsPulley(torch.autograd.Function):
         phi = torch.exp(-0.5 * t * t)
         w = torch.cat([2 * dt * phi[:-1], dt * phi[-1:]])
         per_knot = (-1, *[1] * (x.ndim - 1))
-        means, rows = torch.stack([part.mean(-2) for part in (*cosines, *sines)]), x.shape[-2]
+        means, rows = torch.cat([cosines.mean(-2), sines.mean(-2)]), x.shape[-2]
         if over_ranks:
             means, rows = ranks.sum_over_ranks(ranks.share(means)), rows * ranks.size()
         real, imag = means[: knots - 1] - phi.view(per_knot), means[knots - 1 :]
@@ -77,10 +77,7 @@ class _EppsPulley(torch.autograd.Function):
             # d/dx_n of N·w(real² + imag²) = 2·w·t(imag·cos(t·x_n) − real·sin(t·x_n)): the N and the mean's 1/N cancel.
             scale = (2 * w * t / statistic.numel()).view(per_knot)
             of_cos, of_sin = (imag * scale).unsqueeze(-2), (real * scale).unsqueeze(-2)
-            gradient = torch.zeros_like(x)
-            for k in range(knots - 1):
-                gradient.addcmul_(cosines[k], of_cos[k]).addcmul_(sines[k], of_sin[k], value=-1)
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(cosines.mul_(of_cos).addcmul_(sines, of_sin, value=-1).sum(0))
         return ranks.share(statistic.mean()) if over_ranks else statistic.mean()
 
     @staticmethod
@@ -90,13 +87,19 @@ class _EppsPulley(torch.autograd.Function):
         return grad * gradient, None, None, None
 
 
-def _harmonics(angle: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """cos(k·angle) and sin(k·angle) for k = 1 … count, each from the one before by the angle-addition formulas."""
-    cosines, sines = [angle.cos()], [angle.sin()]
-    for _ in range(count - 1):
-        c, s = cosines[-1], sines[-1]
-        cosines.append(torch.addcmul(c * cosines[0], s, sines[0], value=-1))
-        sines.append(torch.addcmul(s * cosines[0], c, sines[0]))
+def _harmonics(angle: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """cos(k·angle) and sin(k·angle) for k = 1 … count: those of n + 1 … 2n from the first n and the n-th, by the
+    angle-addition formulas."""
+    cosines, sines = (angle.new_empty(count, *angle.shape) for _ in range(2))
+    torch.cos(angle, out=cosines[0])
+    torch.sin(angle, out=sines[0])
+    done = 1
+    while done < count:
+        c, s, more = cosines[done - 1], sines[done - 1], slice(done, min(2 * done, count))
+        first = slice(0, more.stop - done)
+        torch.mul(cosines[first], c, out=cosines[more]).addcmul_(sines[first], s, value=-1)
+        torch.mul(sines[first], c, out=sines[more]).addcmul_(cosines[first], s)
+        done = more.stop
     return cosines, sines
 
 

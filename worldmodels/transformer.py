@@ -84,6 +84,8 @@ class TransformerPredictor(nn.Module):
     Raises ValueError where history, depth, heads or head_dim is below 1.
     """
 
+    cheap = False
+
     def __init__(self, dim: int, action_dim: int, config: TransformerConfig) -> None:
         super().__init__()
         for name in ("history", "depth", "heads", "head_dim"):
@@ -146,9 +148,14 @@ class TransformerPredictor(nn.Module):
         return TransformerCache([*shared, nothing], 0, (), None)
 
     def step(
-        self, cache: TransformerCache, z: Float[Tensor, "R D"], action: Float[Tensor, "R A"]
+        self,
+        cache: TransformerCache,
+        z: Float[Tensor, "R D"],
+        moved: Float[Tensor, "R M"],
+        action: Float[Tensor, "R A"],
     ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R D"], TransformerCache]:
-        """What :meth:`forward` answers for futures whose newest latent is ``z``, and the cache of the next step.
+        """What :meth:`forward` answers for futures whose newest latent is ``z``, less ``z``, and the cache of the next
+        step.
 
         Row-major over streams, then futures; always as many. In eval mode only, since dropout is left out. While the
         window fills, the new token alone is computed, and sees the others' keys. Once it slides, each token has another
@@ -177,7 +184,7 @@ class TransformerPredictor(nn.Module):
         modulation = [_join(blocks) for blocks in zip(*(step.modulation for step in fed), strict=True)]
         hidden, keys = self._extend(x, modulation, visible, past, shared.keys)
         hidden = self.norm(hidden[:, :, 0]).flatten(0, 1)
-        return self.project(hidden), hidden, TransformerCache(cache.shared, cache.imagined + 1, steps, keys)
+        return self.project(hidden) - z, hidden, TransformerCache(cache.shared, cache.imagined + 1, steps, keys)
 
     def _layers(self) -> list[_AdaLNBlock]:
         return cast(list[_AdaLNBlock], list(self.blocks))

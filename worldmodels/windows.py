@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -27,6 +29,16 @@ def unfold_windows(
     age = torch.arange(history - 1, -1, -1, device=is_first.device)
     valid = rows_since_start(is_first).unsqueeze(-1) >= age
     return _unfold(z, history), _unfold(action, history), valid.flatten(0, 1)
+
+
+def differences(z: Float[Tensor, "B K D"], valid: Bool[Tensor, "B K"]) -> Float[Tensor, "B M"]:
+    """How a window's latents moved, oldest first; 0 where it would reach before the episode's start."""
+    return (z[:, 1:] - z[:, :-1]).masked_fill(~valid[:, :-1, None], 0.0).flatten(1)
+
+
+def joined(parts: Sequence[Float[Tensor, "B _"]], dtype: torch.dtype) -> Float[Tensor, "B F"]:
+    """The parts side by side, in one precision."""
+    return torch.cat([part.to(dtype) for part in parts], -1)
 
 
 def _unfold(x: Float[Tensor, "B T X"], history: int) -> Float[Tensor, "B*T K X"]:
