@@ -1,0 +1,1 @@
+import runners as runners  # its settings have to come before torch

@@ -213,7 +213,7 @@ class LeWorldModel(WorldModel):
             hidden=predicted.hidden.float().masked_fill(~(keep & state.valid[:, -1:]), 0.0),
         )
 
-    def imagine(self, state: LeWMState | LeWMFuture, action: Float[Tensor, "B A"]) -> LeWMState | LeWMFuture:
+    def imagine(self, state: LeWMState | LeWMFuture, action: Float[Tensor, "B A"]) -> State:
         if isinstance(state, LeWMState):
             if not (self._caches and self._caching.cheap):
                 return self._advance(state, action, None)

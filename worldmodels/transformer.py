@@ -42,6 +42,15 @@ class _Keys(NamedTuple):
     v: Float[Tensor, "B N L heads d"]
 
 
+class _Projections(NamedTuple):
+    """A block's weights of attention, in the precision that they are used in: cast once for all futures."""
+
+    query: Float[Tensor, "I D"]
+    key_value: Float[Tensor, "2*I D"]
+    alone: Float[Tensor, "D D"]
+    """Output times value: what attention makes of a token that sees itself alone, but for the bias."""
+
+
 class _Shared(NamedTuple):
     """The observed tokens of a window: what all futures of a stream see before their own tokens."""
 
@@ -65,12 +74,14 @@ class TransformerCache(NamedTuple):
 
     shared: list[_Shared]
     """Entry s: what is left of the observed tokens once the window has slid by s; the last is empty."""
+    projections: list[_Projections]
+    """Each block's."""
     imagined: int
     """Steps so far."""
     steps: tuple[_Step, ...]
     """Those that the window may still hold, at most K."""
     keys: list[_Keys] | None
-    """Each block's, of all own tokens in the window. None before the first step."""
+    """Each block's, of all own tokens in the window. None before the first step, and once the window slides."""
 
 
 class TransformerPredictor(nn.Module):
@@ -143,9 +154,10 @@ class TransformerPredictor(nn.Module):
         rows = int(valid.sum(1).max()) - 1
         first = self.history - 1 - rows
         z, action, valid = z[:, first:-1], action[:, first:], valid[:, first:-1]
-        shared = [self._observed(z[:, s:], action[:, s:], valid[:, s:]) for s in range(rows)]
+        projections = [block.projections() for block in self._layers()]
+        shared = [self._observed(z[:, s:], action[:, s:], valid[:, s:], projections) for s in range(rows)]
         nothing = _Shared(valid[:, :0], torch.zeros(len(z), dtype=torch.long, device=z.device), None)
-        return TransformerCache([*shared, nothing], 0, (), None)
+        return TransformerCache([*shared, nothing], projections, 0, (), None)
 
     def step(
         self,
@@ -169,8 +181,7 @@ class TransformerPredictor(nn.Module):
         condition = F.silu(self.embed_action(action)).view(b, -1, 1, z.shape[-1])
         new = _Step(z.view_as(condition), [block.modulation(condition) for block in self._layers()])
         steps = (*cache.steps, new)[-self.history :]
-        fed, past = (steps, None) if slid > 0 else ((new,), cache.keys)
-        known = cache.imagined if slid <= 0 else 0
+        fed, past, known = (steps, None, 0) if slid > 0 else ((new,), cache.keys, cache.imagined)
         own = torch.arange(known + len(fed), device=z.device)
         position = self.position[shared.position[:, None] + own[known:]]
         visible = torch.cat(
@@ -180,24 +191,31 @@ class TransformerPredictor(nn.Module):
             ],
             -1,
         )
+        alone = known == 0 and shared.keys is None
         x = _join([step.z for step in fed]) + position[:, None]
         modulation = [_join(blocks) for blocks in zip(*(step.modulation for step in fed), strict=True)]
-        hidden, keys = self._extend(x, modulation, visible, past, shared.keys)
+        hidden, keys = self._extend(x, modulation, visible, cache.projections, past, shared.keys, alone=alone)
         hidden = self.norm(hidden[:, :, 0]).flatten(0, 1)
-        return self.project(hidden) - z, hidden, TransformerCache(cache.shared, cache.imagined + 1, steps, keys)
+        kept = keys if slid < 0 else None
+        return self.project(hidden) - z, hidden, cache._replace(imagined=cache.imagined + 1, steps=steps, keys=kept)
 
     def _layers(self) -> list[_AdaLNBlock]:
         return cast(list[_AdaLNBlock], list(self.blocks))
 
     def _observed(
-        self, z: Float[Tensor, "B C D"], action: Float[Tensor, "B C A"], valid: Bool[Tensor, "B C"]
+        self,
+        z: Float[Tensor, "B C D"],
+        action: Float[Tensor, "B C A"],
+        valid: Bool[Tensor, "B C"],
+        projections: list[_Projections],
     ) -> _Shared:
         z = z.masked_fill(~valid[..., None], 0.0)
         condition = F.silu(self.embed_action(action.masked_fill(~valid[..., None], 0.0)))[:, None]
         row = torch.arange(z.shape[1], device=z.device)
         visible = ((row <= row[:, None]) & valid[:, None]) | (row == row[:, None])
         x = (z + self.position[(valid.cumsum(1) - 1).clamp(min=0)])[:, None]
-        _, keys = self._extend(x, [block.modulation(condition) for block in self._layers()], visible, None, None)
+        modulation = [block.modulation(condition) for block in self._layers()]
+        _, keys = self._extend(x, modulation, visible, projections, None, None, alone=False)
         return _Shared(valid, valid.sum(1), keys)
 
     def _extend(
@@ -205,8 +223,11 @@ class TransformerPredictor(nn.Module):
         x: Float[Tensor, "B N M D"],
         modulation: list[Float[Tensor, "B N M 6*D"]],
         visible: Bool[Tensor, "B M L"],
+        projections: list[_Projections],
         past: list[_Keys] | None,
         shared: list[_Keys] | None,
+        *,
+        alone: bool,
     ) -> tuple[Float[Tensor, "B N 1 D"], list[_Keys]]:
         """Through all blocks: the newest token's features, and each block's keys of the past and these tokens."""
         keys = []
@@ -214,7 +235,14 @@ class TransformerPredictor(nn.Module):
             # Of the last block only the newest token's output counts.
             wanted = 1 if i == len(self.blocks) - 1 else x.shape[2]
             x, known = block.extend(
-                x, modulation[i], visible, wanted, past[i] if past else None, shared[i] if shared else None
+                x,
+                modulation[i],
+                visible,
+                projections[i],
+                past[i] if past else None,
+                shared[i] if shared else None,
+                wanted=wanted,
+                alone=alone,
             )
             keys.append(known)
         return x, keys
@@ -270,21 +298,41 @@ class _AdaLNBlock(nn.Module):
         x: Float[Tensor, "B N M D"],
         modulation: Float[Tensor, "B N M 6*D"],
         visible: Bool[Tensor, "B M L"],
-        wanted: int,
+        projections: _Projections,
         past: _Keys | None,
         shared: _Keys | None,
+        *,
+        wanted: int,
+        alone: bool,
     ) -> tuple[Float[Tensor, "B N W D"], _Keys]:
         """The last ``wanted`` tokens' outputs, and the keys of ``past`` and these tokens. L counts those of ``shared``
-        first, then past, then these. Without dropout."""
+        first, then past, then these. With ``alone`` the first token sees itself alone: no query is needed to tell what
+        it attends to. Without dropout."""
         shift, scale = modulation.chunk(6, -1)[:2]
         inner = torch.addcmul(shift, self.norm(x), 1 + scale)
-        q, k, v = self.qkv(inner).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        k, v = F.linear(inner, projections.key_value).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         keys = _Keys(k, v) if past is None else _Keys(torch.cat([past.k, k], 2), torch.cat([past.v, v], 2))
-        x, q = x[:, :, -wanted:], q[:, :, -wanted:]
+        x, inner = x[:, :, -wanted:], inner[:, :, -wanted:]
+        attended = []
+        if alone and wanted == visible.shape[1]:
+            attended.append(F.linear(inner[:, :, :1], projections.alone, cast(nn.Linear, self.out[0]).bias))
+            inner = inner[:, :, 1:]
+        if inner.shape[2]:
+            q = F.linear(inner, projections.query).unflatten(-1, (self.heads, -1))
+            attended.append(self.out(_attend(q, keys, shared, visible[:, -q.shape[2] :])))
         gate, shift2, scale2, gate2 = modulation[:, :, -wanted:].chunk(6, -1)[2:]
-        x = torch.addcmul(x, gate, self.out(_attend(q, keys, shared, visible[:, -wanted:])))
+        x = torch.addcmul(x, gate, _join(attended))
         inner = torch.addcmul(shift2, self.norm(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.mlp(inner)), keys
+
+    def projections(self) -> _Projections:
+        """For all the futures of a memory."""
+        weight, out = self.qkv.weight, cast(nn.Linear, self.out[0]).weight
+        device, inner = weight.device.type, len(weight) // 3
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        with torch.autocast(device, enabled=False):
+            alone = out @ weight[2 * inner :]
+        return _Projections(*(x.to(dtype) for x in (weight[:inner], weight[inner:], alone)))
 
     def _attention(self, x: Tensor, visible: Tensor) -> Tensor:
         b, length, _ = x.shape
@@ -294,7 +342,7 @@ class _AdaLNBlock(nn.Module):
         return self.out(attended.transpose(1, 2).reshape(b, length, -1))
 
 
-def _join(tokens: Sequence[Float[Tensor, "B N 1 X"]]) -> Float[Tensor, "B N M X"]:
+def _join(tokens: Sequence[Float[Tensor, "B N _ X"]]) -> Float[Tensor, "B N M X"]:
     return tokens[0] if len(tokens) == 1 else torch.cat(list(tokens), 2)
 
 
