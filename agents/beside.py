@@ -2,7 +2,8 @@
 
 An update of these sizes is thousands of operators of a few microseconds each: two threads that share every operator
 spend their time waiting for each other (and while another process has one of the cores, all of it). Two threads that
-have whole computations to themselves do not.
+have whole computations to themselves do not. Where operators are large it is the other way round: shared, they keep all
+cores busy to the end, while one of two computations is always the first to be done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+
+SHARED = 40_000_000
+"""Floating-point operations of the largest operator from which on it is better shared: found on two cores, with
+imagined starts and layers of many sizes."""
 
 A = TypeVar("A")
 B = TypeVar("B")

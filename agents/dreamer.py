@@ -24,7 +24,7 @@ from agents.actor_critic import (
     ReturnScale,
     follow,
 )
-from agents.beside import one_after_the_other, side_by_side
+from agents.beside import SHARED, one_after_the_other, side_by_side
 from agents.captured import Captured, Watch, send
 from agents.optimiser import Adam
 from agents.returns import lambda_return
@@ -122,14 +122,15 @@ class DreamerAgent:
         self.average_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = Critic(model.feat_dim, config.critic).to(self.device)
         self.scale = ReturnScale().to(self.device)
-        # Of several ranks, both halves meet the other ranks' halves: from two threads they would do so in any order.
-        alone = self.device.type == "cpu" and not _has_modes(model) and ranks.size() == 1
-        self.beside = side_by_side if alone else one_after_the_other
         self.groups: dict[str, list[nn.Parameter]] = {
             "model": list(model.parameters()),
             "policy": list(self.policy.parameters()),
             "critic": list(self.critic.members.parameters()),
         }
+        # Of several ranks, both halves meet the other ranks' halves: from two threads they would do so in any order.
+        alone = self.device.type == "cpu" and not _has_modes(model) and ranks.size() == 1
+        largest = 2 * config.starts * max(p.numel() for group in self.groups.values() for p in group)
+        self.beside = side_by_side if alone and largest < SHARED else one_after_the_other
         self.rates = {"model": config.model_lr, "policy": config.behaviour_lr, "critic": config.behaviour_lr}
         self.optimisers = {
             name: Adam(params, **self._adam_settings(self.rates[name])) for name, params in self.groups.items()

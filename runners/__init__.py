@@ -6,9 +6,9 @@ from runners import MPC, Dreamer      # the agents, behind Stable-Baselines3's A
 import os
 from typing import TYPE_CHECKING, Any
 
-# Before torch is imported anywhere. A third of a millisecond is how long OpenMP's threads spin for their next operator
-# before they sleep. libgomp's own 5 ms take a core from the other half of an update, the environments and other
-# programs; threads that sleep at once are late for every operator of a planned decision.
+# Before torch is imported anywhere: how long OpenMP's threads spin for their next operator before they sleep. libgomp's
+# own 300,000 rounds take a core from the other half of an update, the environments and other programs; threads that
+# sleep at once are late for every operator of a planned decision.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:

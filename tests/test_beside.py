@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.actor_critic import CriticConfig, Pathwise, PolicyConfig
-from agents.beside import one_after_the_other, side_by_side
+from agents.beside import SHARED, one_after_the_other, side_by_side
 from agents.dreamer import DreamerAgent, DreamerConfig
 from tests.test_lewm import SMALL, random_batch
 from worldmodels.interface import Batch
@@ -95,6 +95,12 @@ def test_an_update_is_the_same_bits_side_by_side_as_in_order(monkeypatch: pytest
 def test_a_model_that_trains_and_imagines_differently_is_not_shared() -> None:
     model = build_world_model((3, 16, 16), 2, replace(SMALL, encoder="keypoint", predictor="transformer"))
     assert DreamerAgent(model, 2, Pathwise(), CONFIG).beside is one_after_the_other
+
+
+def test_large_operators_are_shared() -> None:
+    model = build_world_model((4,), 2, SMALL)
+    many = replace(CONFIG, starts=SHARED // min(p.numel() for p in model.parameters()))
+    assert DreamerAgent(model, 2, Pathwise(), many).beside is one_after_the_other
 
 
 @pytest.mark.parametrize("encoder", ["keypoint", "conv"])
