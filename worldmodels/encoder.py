@@ -139,10 +139,10 @@ class KeypointEncoder(nn.Module):
 
 
 def strided_convolution(x: Float[Tensor, "N C H W"], conv: nn.Conv2d) -> Float[Tensor, "N O h w"]:
-    """``conv(x)``, of a kernel twice as high as its stride, on a processor in a third of the time.
+    """``conv(x)``, of a kernel twice as high as its stride, on a processor in half the time.
 
     The rows of each stride become channels of one row, so that the convolution has enough channels for channels_last
-    to be worth its while: of three it is slow, and its backward pass three times slower.
+    to be worth its while: of three it is slow, and its backward pass takes three times as long.
     """
     stride, width, device = conv.stride[0], x.shape[3], x.device.type
     if torch.is_autocast_enabled(device):
