@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldmodels import ranks
-from worldmodels.heads import ScalarHead, TwoHot, mlp
+from worldmodels.heads import ScalarHead, mlp
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Critic(nn.Module):
             ScalarHead(feat_dim, config.units, layers=config.layers, limit=config.limit) for _ in range(config.members)
         )
         self.slow = copy.deepcopy(self.members).requires_grad_(False)
-        self.code = TwoHot(limit=config.limit)
+        self.code = cast(ScalarHead, self.members[0]).code
 
     @staticmethod
     def _logits(members: nn.ModuleList, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "members *N bins"]:

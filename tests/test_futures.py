@@ -69,6 +69,7 @@ def test_what_is_kept_changes_no_answer(history: int, memory: str) -> None:
         kept, whole = model.imagine(kept, action), model.imagine(whole, action)
         torch.testing.assert_close(model.feat(kept), model.feat(whole), **CLOSE)
         torch.testing.assert_close(model.latent(kept), model.latent(whole), **CLOSE)
+        assert model.settled(kept).equal(model.settled(whole))
 
 
 def test_futures_are_numbered_by_stream_then_future() -> None:

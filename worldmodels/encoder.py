@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from worldmodels.heads import mlp
 from worldmodels.projector import BatchNormProjector
+from worldmodels.windows import product_dtype
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,8 @@ def strided_convolution(x: Float[Tensor, "N C H W"], conv: nn.Conv2d) -> Float[T
     The rows of each stride become channels of one row, so that the convolution has enough channels for channels_last
     to be worth its while: of three it is slow, and its backward pass takes three times as long.
     """
-    stride, width, device = conv.stride[0], x.shape[3], x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))  # before it is copied about
+    stride, width = conv.stride[0], x.shape[3]
+    x = x.to(product_dtype(x))  # before it is copied about
     high = 2 + (x.shape[2] - 2 * stride) // stride
     rows = x[:, :, : high * stride].unflatten(2, (high, stride)).transpose(2, 3).reshape(len(x), -1, high, width)
     weight = conv.weight.unflatten(2, (2, stride)).transpose(2, 3).reshape(conv.out_channels, -1, 2, 2 * stride)

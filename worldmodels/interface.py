@@ -82,8 +82,8 @@ class CachingPredictor(Predictor, Protocol):
     """A predictor that can keep, between the imagined steps of many futures, what it would compute again."""
 
     cheap: bool
-    """Whether ``recall`` costs nothing and ``step`` is all there is, in train mode too: it is every imagined step then.
-    Otherwise it is only those of many futures of one memory, in eval mode."""
+    """Whether ``recall`` costs nothing and ``step`` is all there is, in train mode too: then it is every imagined step,
+    of one future of each stream (R = B). Otherwise it is only those of many futures of one memory, in eval mode."""
 
     def recall(self, z: Float[Tensor, "B K D"], action: Float[Tensor, "B K1 A"], valid: Bool[Tensor, "B K"]) -> Any:
         """A cache of what was observed. ``action`` is what left between the K latents."""

@@ -114,6 +114,10 @@ class LeWMFuture(NamedTuple):
     moved: Float[Tensor, "B M"]
     """Differences of successive latents, oldest first."""
     hidden: Float[Tensor, "B F"]
+    valid: Bool[Tensor, "B K"]
+    """Of the memory that it began with."""
+    steps: int
+    """Imagined since."""
     cache: Any
 
 
@@ -222,7 +226,7 @@ class LeWorldModel(WorldModel):
         moved = state.moved
         if self.history > 1:
             moved = joined([moved[:, self.config.latent_dim :], change], change.dtype)
-        return LeWMFuture(state.z + change, moved, hidden, cache)
+        return LeWMFuture(state.z + change, moved, hidden, state.valid, state.steps + 1, cache)
 
     def futures(self, state: LeWMState) -> Callable[[int], State]:
         copies = super().futures(state)
@@ -241,7 +245,7 @@ class LeWorldModel(WorldModel):
 
     @staticmethod
     def _future(state: LeWMState, cache: Any) -> LeWMFuture:
-        return LeWMFuture(state.z[:, -1], differences(state.z, state.valid), state.hidden, cache)
+        return LeWMFuture(state.z[:, -1], differences(state.z, state.valid), state.hidden, state.valid, 0, cache)
 
     def _advance(self, state: LeWMState, action: Tensor, z: Tensor | None) -> LeWMState:
         """Push ``action`` and the next latent (the predicted one where ``z`` is None) into the window."""
@@ -273,8 +277,10 @@ class LeWorldModel(WorldModel):
         read = self.head_trunk(feat)
         return self.reward_head(read), self.cont_head(read)
 
-    def settled(self, state: LeWMState) -> Bool[Tensor, " B"]:
-        return state.valid.all(1)
+    def settled(self, state: LeWMState | LeWMFuture) -> Bool[Tensor, " B"]:
+        if isinstance(state, LeWMState):
+            return state.valid.all(1)
+        return state.valid.sum(1) + state.steps >= self.history
 
     def encode(self, obs: Shaped[Tensor, "N *obs"]) -> Float[Tensor, "N D"]:
         """Latents of single observations."""

@@ -63,13 +63,11 @@ class WindowPredictor(nn.Module):
     def step(
         self,
         cache: Float[Tensor, "B P"],
-        z: Float[Tensor, "R D"],
-        moved: Float[Tensor, "R M"],
-        action: Float[Tensor, "R A"],
-    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R F"], Float[Tensor, "R P"]]:
+        z: Float[Tensor, "B D"],
+        moved: Float[Tensor, "B M"],
+        action: Float[Tensor, "B A"],
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B F"], Float[Tensor, "B P"]]:
         """See :class:`~worldmodels.interface.CachingPredictor`."""
-        if len(cache) < len(z):
-            cache = cache.repeat_interleave(len(z) // len(cache), 0)
         actions = torch.cat([cache, action], -1)
         hidden = self.trunk(joined([z, moved, actions], moved.dtype))
         return self.out(hidden), hidden, actions[:, action.shape[1] :]

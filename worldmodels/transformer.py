@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from worldmodels.projector import BatchNormProjector
-from worldmodels.windows import rows_since_start, unfold_windows
+from worldmodels.windows import product_dtype, rows_since_start, unfold_windows
 
 
 @dataclass(frozen=True)
@@ -328,9 +328,8 @@ class _AdaLNBlock(nn.Module):
     def projections(self) -> _Projections:
         """For all the futures of a memory."""
         weight, out = self.qkv.weight, cast(nn.Linear, self.out[0]).weight
-        device, inner = weight.device.type, len(weight) // 3
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        with torch.autocast(device, enabled=False):
+        dtype, inner = product_dtype(weight), len(weight) // 3
+        with torch.autocast(weight.device.type, enabled=False):
             alone = out @ weight[2 * inner :]
         return _Projections(*(x.to(dtype) for x in (weight[:inner], weight[inner:], alone)))
 

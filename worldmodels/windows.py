@@ -36,6 +36,12 @@ def differences(z: Float[Tensor, "B K D"], valid: Bool[Tensor, "B K"]) -> Float[
     return (z[:, 1:] - z[:, :-1]).masked_fill(~valid[:, :-1, None], 0.0).flatten(1)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision that products with ``x`` are computed in: autocast's, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def joined(parts: Sequence[Float[Tensor, "B _"]], dtype: torch.dtype) -> Float[Tensor, "B F"]:
     """The parts side by side, in one precision."""
     return torch.cat([part.to(dtype) for part in parts], -1)
