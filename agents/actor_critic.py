@@ -165,23 +165,31 @@ class ReturnScale(nn.Module):
 
     low: Tensor
     high: Tensor
-    percentiles: Tensor
 
     def __init__(self, rate: float = 0.01) -> None:
         super().__init__()
         self.rate = rate
-        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, returns: Float[Tensor, "*N"]) -> Float[Tensor, ""]:
         """Take in a batch of returns, of all ranks together; answer the scale."""
-        low, high = torch.quantile(ranks.all_rows(returns.flatten()), self.percentiles)
+        ordered = ranks.all_rows(returns.flatten()).sort().values
+        low, high = percentile(ordered, 0.05), percentile(ordered, 0.95)
         # A batch that is refused for a NaN must leave no trace.
         self.low.lerp_(torch.where(low.isfinite(), low, self.low), self.rate)
         self.high.lerp_(torch.where(high.isfinite(), high, self.high), self.rate)
         return (self.high - self.low).clamp(min=1.0) + 0 * (low + high)
+
+
+def percentile(ordered: Float[Tensor, " N"], part: float) -> Float[Tensor, ""]:
+    """Interpolated linearly; NaN where any of the numbers, in ascending order, is. ``torch.quantile`` answers the same,
+    and in some releases waits for the device."""
+    at = part * (len(ordered) - 1)
+    below = int(at)
+    # A NaN is sorted to the end.
+    return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], at - below) + 0 * ordered[-1]
 
 
 class Imagined(NamedTuple):

@@ -42,14 +42,18 @@ class Captured:
     Args:
         function: of nested tuples of tensors, bools and numbers; answers nested tuples of tensors.
         enabled: False calls the function, always.
+        generators: of the device, which the function draws from beside PyTorch's own. Seed them outside of it.
 
     Raises:
         NotRecordable: at the call that is recorded.
     """
 
-    def __init__(self, function: Callable[..., Any], *, enabled: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, enabled: bool, generators: Sequence[torch.Generator] = ()
+    ) -> None:
         self.function = function
         self.enabled = enabled
+        self.generators = generators
         self.forget()
 
     def forget(self) -> None:
@@ -87,6 +91,8 @@ class Captured:
     def _record(self, leaves: list[Any], form: TreeSpec) -> _Recording:
         own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(graph):
                 answer = self.function(*tree_unflatten(own, form))

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from agents.actor_critic import Estimator
+from agents.captured import Captured, send
 from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
 from agents.planner import (
     CEM,
@@ -125,25 +126,35 @@ class MPCAgent(DreamerAgent):
         super().__init__(model, action_dim, estimator, config, compilation)
         self.mpc = mpc
         self.planner = planner
+        self._still = torch.Generator(self.device)
+        # What begins with a wait for the device cannot be recorded.
+        recorded = self._act_on_device.enabled and not model.futures_wait
+        self._act_on_device = Captured(self._act, enabled=recorded, generators=[self._still])
 
     def initial(self, envs: int) -> MPCCarry:  # type: ignore[override]
         action = torch.zeros(envs, self.action_dim, device=self.device)
         return MPCCarry(self.model.initial(envs), action, action.new_zeros(envs, self.mpc.horizon, self.action_dim))
 
-    @torch.no_grad()
     def act(  # type: ignore[override]
         self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: MPCCarry, *, explore: bool
     ) -> tuple[Float[np.ndarray, "E A"], MPCCarry]:
-        pixels = torch.as_tensor(obs, device=self.device)
-        first = torch.as_tensor(is_first, device=self.device)
+        if not explore:
+            # The same draws at every decision: what is done follows from what was seen alone.
+            self._still.manual_seed(0)
+        carry = self._act_on_device(send(obs, self.device), send(is_first, self.device), carry, explore)
+        return carry.action.cpu().numpy(), carry
+
+    @torch.no_grad()
+    def _act(  # type: ignore[override]
+        self, obs: Shaped[Tensor, "E *obs"], is_first: Bool[Tensor, " E"], carry: MPCCarry, explore: bool
+    ) -> MPCCarry:
         self.model.eval()
-        # The same draws at every decision when not exploring: what is done follows from what was seen alone.
-        generator = None if explore else torch.Generator(self.device).manual_seed(0)
+        generator = None if explore else self._still
         with self._autocast():
-            state = self.model.observe(carry.state, carry.action, pixels, first)
+            state = self.model.observe(carry.state, carry.action, obs, is_first)
             value = self.critic.value if self.mpc.terminal_value else None
             score = ImaginedReturn(self.model, state, self.config.discount, value)
-            mean = torch.where(first[:, None, None], 0.0, shift(carry.plan))[:, : self._ahead(explore)]
+            mean = shift(carry.plan).masked_fill(is_first[:, None, None], 0.0)[:, : self._ahead(explore)]
             found = self.planner.search(
                 score,
                 mean,
@@ -155,8 +166,7 @@ class MPCAgent(DreamerAgent):
         if explore:
             noise = found.std[:, 0].clamp(max=self.mpc.noise) * torch.randn_like(action)
             action = (action + noise).clamp(-1, 1)
-        plan = F.pad(found.action, (0, 0, 0, self.mpc.horizon - mean.shape[1]))
-        return action.cpu().numpy(), MPCCarry(state, action, plan)
+        return MPCCarry(state, action, F.pad(found.action, (0, 0, 0, self.mpc.horizon - mean.shape[1])))
 
     def _ahead(self, explore: bool) -> int:
         """Planned decisions."""

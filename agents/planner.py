@@ -231,16 +231,12 @@ def coloured_noise(white: Float[Tensor, "N H A"], exponent: float) -> Float[Tens
     H is scaled like the lowest frequency.
     """
     horizon = white.shape[1]
-    frequency = torch.fft.rfftfreq(horizon, device=white.device)
-    if len(frequency) < 2:
+    if horizon < 2:
         return white
-    frequency[0] = frequency[1]
-    gain = frequency ** (-exponent / 2)
+    index = torch.arange(horizon // 2 + 1, device=white.device)
+    gain = (index.clamp(min=1) / horizon) ** (-exponent / 2)
     # Every frequency but the mean and the highest stands for two.
-    twice = torch.full_like(gain, 2.0)
-    twice[0] = 1.0
-    if horizon % 2 == 0:
-        twice[-1] = 1.0
+    twice = 1 + ((index > 0) & (2 * index < horizon)).to(gain.dtype)
     gain = gain / ((twice * gain.square()).sum() / horizon).sqrt()
     return torch.fft.irfft(torch.fft.rfft(white, dim=1) * gain[:, None], n=horizon, dim=1)
 
@@ -287,7 +283,7 @@ class GradientPlanner(Planner):
         noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
         starts = [mean[:, None], mean[:, None] + std[:, None] * noise, *([] if proposals is None else [proposals])]
         plans = torch.cat(starts, 1).clamp(-1, 1).detach().requires_grad_()
-        optimiser = Adam([plans], lr=cfg.lr)
+        optimiser = Adam([plans], lr=cfg.lr, capturable=plans.is_cuda)
         best, best_score = plans.detach()[:, 0], torch.full_like(mean[:, 0, 0], -torch.inf, dtype=torch.float32)
         for step in range(cfg.iterations + 1):
             scores = score(plans)

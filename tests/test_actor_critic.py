@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from agents.actor_critic import (
     PolicyConfig,
     Reinforce,
     ReturnScale,
+    percentile,
     squashed_log_prob,
 )
 from worldmodels.heads import TwoHot
@@ -223,6 +225,15 @@ def test_scale_is_the_average_of_the_percentile_range() -> None:
     # p95 − p5 = 90: half of it, then three quarters, then seven eighths.
     assert [float(scale(returns)) for _ in range(3)] == pytest.approx([45, 67.5, 78.75])
     assert float(scale(1000 + returns)) == pytest.approx(84.375), "a shift of all returns changes no range"
+
+
+@pytest.mark.parametrize("part", [0.0, 0.05, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_percentiles_are_numpy_s(part: float, count: int) -> None:
+    numbers = torch.randn(count)
+    assert float(percentile(numbers.sort().values, part)) == pytest.approx(np.quantile(numbers.numpy(), part), abs=1e-6)
+    numbers[0] = torch.nan
+    assert percentile(numbers.sort().values, part).isnan()
 
 
 def test_scale_never_falls_below_one_and_forgets() -> None:

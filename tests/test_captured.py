@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from agents.actor_critic import Pathwise, Reinforce
 from agents.captured import WARM_UP, Captured, NotRecordable, Watch
 from agents.interface import NonFiniteLoss
-from tests.test_dreamer import awake, flat, frames, pixel_agent, pixel_batch
+from agents.mpc import MPCAgent, MPCConfig, build_planner
+from agents.planner import CEMConfig, GradientConfig, ICEMConfig, MPPIConfig
+from tests.test_dreamer import CONFIG, MODEL, awake, flat, frames, pixel_agent, pixel_batch
+from worldmodels.lewm import build_world_model
+from worldmodels.transformer import TransformerConfig
 
 WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "multinomial", "unique")
 """Operators that answer the host, or whose answer's size depends on what a tensor holds."""
@@ -64,6 +69,45 @@ def test_nothing_in_acting_waits_for_the_device(explore: bool) -> None:
     obs, first = torch.as_tensor(frames(3, 1)[0]), torch.tensor([True, False, False])
     with NoWaiting():
         agent._act(obs, first, agent.initial(3), explore)
+
+
+def planning_agent(planner: str = "mppi", predictor: str = "window") -> MPCAgent:
+    torch.manual_seed(0)
+    mpc = MPCConfig(
+        planner=planner,  # type: ignore[arg-type]
+        proposals=4,
+        collecting_horizon=2,
+        mppi=MPPIConfig(samples=16),
+        cem=CEMConfig(samples=16),
+        icem=ICEMConfig(samples=16),
+        gradient=GradientConfig(starts=4, iterations=2),
+    )
+    transformer = TransformerConfig(history=3, depth=1, heads=2, head_dim=4, mlp=8, projector=8)
+    model = replace(MODEL, predictor=predictor, transformer=transformer)  # type: ignore[arg-type]
+    world_model = build_world_model((3, 16, 16), 2, model)
+    return MPCAgent(world_model, 2, Pathwise(), CONFIG, mpc, build_planner(mpc))
+
+
+@pytest.mark.parametrize("explore", [True, False])
+@pytest.mark.parametrize("planner", ["mppi", "cem", "icem"])  # the gradient's Adam counts on the host, but not on a GPU
+def test_nothing_in_planning_waits_for_the_device(planner: str, explore: bool) -> None:
+    agent = planning_agent(planner)
+    obs, first = torch.as_tensor(frames(3, 1)[0]), torch.tensor([True, False, False])
+    agent.act(obs.numpy(), first.numpy(), agent.initial(3), explore=explore)
+    with NoWaiting():
+        agent._act(obs, first, agent.initial(3), explore)
+
+
+@pytest.mark.parametrize("predictor", ["window", "transformer"])
+def test_a_model_says_whether_its_futures_wait(predictor: str) -> None:
+    model = planning_agent(predictor=predictor).model.eval()
+    state = model.observe(
+        model.initial(2), torch.zeros(2, 2), torch.as_tensor(frames(2, 1)[0]), torch.ones(2, dtype=torch.bool)
+    )
+    refused = pytest.raises(AssertionError, match="waits for the device") if model.futures_wait else nullcontext()
+    with refused, NoWaiting():
+        model.futures(state)(4)
+    assert model.futures_wait == (predictor == "transformer")
 
 
 def test_late_looks_refuse_late_and_name_what_was_not_finite() -> None:
@@ -123,6 +167,32 @@ def test_what_cannot_be_recorded_is_an_error_that_says_what_to_do(monkeypatch: p
         assert captured(torch.ones(1)) == 2
     with pytest.raises(NotRecordable, match=r"--compile false \(operation not permitted"):
         captured(torch.ones(1))
+
+
+def test_generators_are_known_to_the_graph_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or drawing from them would break the recording off."""
+    events: list[str] = []
+
+    class Graph:
+        def register_generator_state(self, generator: torch.Generator) -> None:
+            events.append(f"generator of seed {generator.initial_seed()}")
+
+        def replay(self) -> None:
+            events.append("replay")
+
+    @contextmanager
+    def graph(recorded: Any) -> Iterator[None]:
+        events.append("record")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    drawn = torch.Generator().manual_seed(7)
+    captured = Captured(lambda x: x + torch.rand(1, generator=drawn), enabled=True, generators=[drawn])
+    monkeypatch.setattr(captured, "_beside", lambda args: captured.function(*args))
+    for _ in range(WARM_UP + 2):
+        captured(torch.ones(1))
+    assert events == ["generator of seed 7", "record", "replay", "replay"]
 
 
 @pytest.mark.slow

@@ -102,6 +102,8 @@ class WorldModel(nn.Module):
     """What an agent needs of a world model. ``feat_dim`` is the size F of ``feat``."""
 
     feat_dim: int
+    futures_wait = False
+    """Whether ``futures`` makes the host wait for a GPU. Nothing else does."""
 
     def initial(self, batch: int) -> State:
         """An empty memory for ``batch`` streams."""

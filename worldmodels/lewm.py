@@ -183,6 +183,7 @@ class LeWorldModel(WorldModel):
         self.predictor: Predictor = predictor
         self.history = predictor.history
         self._caches = isinstance(predictor, CachingPredictor)
+        self.futures_wait = self._caches and not self._caching.cheap
         self.feat_dim = config.latent_dim * self.history + predictor.hidden_dim
         self.head_trunk = mlp_trunk([self.feat_dim, config.head_units])
         self.reward_head = ScalarHead(config.head_units, layers=0, limit=config.reward_limit)
