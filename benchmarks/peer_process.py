@@ -31,7 +31,11 @@ from benchmarks.stopwatch import Cost, cost_of
 from worldmodels.lewm import PAPER
 
 _ROOT = Path(__file__).parents[1]
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 """What ``runners.session.configure_torch`` tells glibc in our process."""
 
 
