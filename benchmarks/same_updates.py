@@ -1,8 +1,10 @@
-"""Whether every way of running an update (--compile) is the same update, to rounding, as operator by operator.
+"""Whether every way of running an update (--compile) is the same update, to rounding, as operator by operator, and acts
+the same.
 
     python -m benchmarks.same_updates
 
-On a processor that is torch.compile; on a GPU a CUDA graph, too. It ends with 1 where figures or weights differ.
+On a processor that is torch.compile; on a GPU a CUDA graph, too. It ends with 1 where figures, weights or actions
+differ.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from jaxtyping import Float
 from torch import Tensor
 
 from agents import dreamer
@@ -27,11 +30,13 @@ from worldmodels.predictor import WindowConfig
 
 UPDATES = 12
 """Those of the world model alone and those of the behaviour too, in turn: a GPU replays the last of each."""
+STEPS = 8
+"""Decisions of two environments: a GPU replays the last of them."""
 
 
 @dataclass(frozen=True)
 class SameConfig:
-    """Run the same updates in every way that --compile knows, and compare figures and weights."""
+    """Run the same updates in every way that --compile knows, and compare figures, weights and actions."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -39,7 +44,7 @@ class SameConfig:
     """torch.compile's backend. aot_eager traces and splits forward from backward, but compiles nothing, which takes a
     processor seconds and not minutes."""
     tolerance: float = 2e-3
-    """How far a figure or a weight may be off after the last update, beside a hundredth of itself."""
+    """How far a figure, a weight or an action may be off after the last update, beside a hundredth of itself."""
 
 
 def small() -> Config:
@@ -69,6 +74,26 @@ def learned(config: Config, device: torch.device) -> tuple[list[dict[str, float]
     return figures, weights_of(agent.state_dict())
 
 
+def acted(config: Config, device: torch.device) -> Float[np.ndarray, "steps E A"]:
+    """What an agent that has learned nothing, but whose policy, critics and heads differ from zero, does without
+    exploring."""
+    frames, actions = gym.spaces.Box(0, 255, (3, 32, 32), np.uint8), gym.spaces.Box(-1, 1, (2,))
+    torch.manual_seed(0)
+    agent = build_agent(config, frames, actions, device)
+    assert isinstance(agent, DreamerAgent)
+    with torch.no_grad():
+        for module in (agent.model, agent.average_policy, agent.policy, agent.critic):
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    seen = random_batch(STEPS, 2, 32, 2, torch.device("cpu")).obs
+    agent.start(seen.flatten(0, 1).to(device))
+    carry, chosen = agent.initial(2), []
+    for step, obs in enumerate(seen.numpy()):
+        action, carry = agent.act(obs, np.array([step == 0, step in (0, 5)]), carry, explore=False)
+        chosen.append(action)
+    return np.stack(chosen)
+
+
 def weights_of(tree: Any, name: str = "") -> dict[str, Tensor]:
     """The tensors of a state_dict by name."""
     if isinstance(tree, Tensor):
@@ -78,7 +103,7 @@ def weights_of(tree: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def differences(way: Compilation, device: torch.device, tolerance: float) -> list[str]:
-    """What is not as operator by operator, one line for each figure and weight."""
+    """What is not as operator by operator, one line for each figure, weight and way of acting."""
     wanted, weights = learned(replace(small(), compile="false"), device)
     found, state = learned(replace(small(), compile=way), device)
     lines = [
@@ -87,6 +112,11 @@ def differences(way: Compilation, device: torch.device, tolerance: float) -> lis
         for name, value in of_eager.items()
         if not abs(figures[name] - value) <= tolerance + 0.01 * abs(value)
     ]
+    for kind in ("dreamer", "mpc"):
+        config = replace(small(), agent=kind)
+        apart = np.abs(acted(replace(config, compile=way), device) - acted(replace(config, compile="false"), device))
+        if apart.max() > tolerance:
+            lines.append(f"{way}: the {kind} agent's actions differ by {apart.max():g}")
     far = {name: (state[name] - value).abs() - 0.01 * value.abs() for name, value in weights.items()}
     return lines + [f"{way}: {name} differs by {float(x.max()):g}" for name, x in far.items() if x.max() > tolerance]
 
@@ -101,7 +131,10 @@ def main() -> int:
     for way in ways:
         lines = differences(way, device, options.tolerance)
         failed |= bool(lines)
-        print("\n".join(lines) or f"{way}: {UPDATES} updates as operator by operator, to {options.tolerance:g}")
+        print(
+            "\n".join(lines)
+            or f"{way}: {UPDATES} updates and {STEPS} decisions as operator by operator, to {options.tolerance:g}"
+        )
     return int(failed)
 
 
