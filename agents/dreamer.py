@@ -172,8 +172,13 @@ class DreamerAgent:
     def act(
         self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: DreamerCarry, *, explore: bool
     ) -> tuple[Float[np.ndarray, "E A"], DreamerCarry]:
-        arrived = send(obs, self.device), send(is_first, self.device)
-        carry = self._act_on_device(*arrived, carry, explore)
+        return self._decide(obs, is_first, carry, explore)
+
+    def _decide(
+        self, obs: Shaped[np.ndarray, "E *obs"], is_first: Bool[np.ndarray, " E"], carry: Any, explore: bool
+    ) -> tuple[Float[np.ndarray, "E A"], Any]:
+        """``act`` with whatever carry ``_act`` takes and answers."""
+        carry = self._act_on_device(send(obs, self.device), send(is_first, self.device), carry, explore)
         return carry.action.cpu().numpy(), carry
 
     @torch.no_grad()

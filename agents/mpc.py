@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from agents.actor_critic import Estimator
-from agents.captured import Captured, send
+from agents.captured import Captured
 from agents.dreamer import Compilation, DreamerAgent, DreamerConfig
 from agents.planner import (
     CEM,
@@ -141,8 +141,7 @@ class MPCAgent(DreamerAgent):
         if not explore:
             # The same draws at every decision: what is done follows from what was seen alone.
             self._still.manual_seed(0)
-        carry = self._act_on_device(send(obs, self.device), send(is_first, self.device), carry, explore)
-        return carry.action.cpu().numpy(), carry
+        return self._decide(obs, is_first, carry, explore)
 
     @torch.no_grad()
     def _act(  # type: ignore[override]

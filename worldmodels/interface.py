@@ -103,7 +103,7 @@ class WorldModel(nn.Module):
 
     feat_dim: int
     futures_wait = False
-    """Whether ``futures`` makes the host wait for a GPU. Nothing else does."""
+    """Whether ``futures`` makes the host wait for a GPU. Observing, imagining and what reads a state never do."""
 
     def initial(self, batch: int) -> State:
         """An empty memory for ``batch`` streams."""
