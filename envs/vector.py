@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 
 from envs.factory import DEFAULT, EnvConfig, action_repeat_of, resolve_task
 from envs.worker import LocalSlot, ObservationBuffer, ProcessSlot, Restore, Row, Slot, Step, WorkerDied, shared_file
@@ -196,6 +196,19 @@ class VectorEnv(gym.vector.VectorEnv):
             raise gym.error.NoAsyncCallError("call step_async before step_wait", "step")
         commands, self._pending = self._pending, None
         return self._collect(commands)
+
+    def picture(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        """What environment ``index``, which has to be in this process, looks like now, whatever it observes.
+
+        Raises:
+            NoOpenGL: there is nothing to draw with.
+            UnsupportedSetting: it makes no pictures where states are observed, as some of Gymnasium's own tasks.
+            ValueError: it is in a process of its own.
+        """
+        slot = self._slots[index]
+        if not isinstance(slot, LocalSlot):
+            raise ValueError(f"environment {index} is in a process of its own and cannot be drawn from here")
+        return slot.picture()
 
     def get_state(self) -> dict[str, Any]:
         """Where every environment stands, as JSON: seed, episode, this episode's actions so far, whether it ended."""

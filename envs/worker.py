@@ -23,9 +23,10 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector.utils import create_empty_array
+from jaxtyping import UInt8
 
 from envs.factory import EnvConfig, make_env
-from envs.wrappers import EnvironmentFault
+from envs.wrappers import EnvironmentFault, UnsupportedSetting
 
 _ALIGN = 64
 _CLOSE_SECONDS = 5.0
@@ -151,6 +152,17 @@ class LocalSlot:
             return _handle(self._env, self._command, self._buffer, self._index)
         except EnvironmentFault as fault:
             raise WorkerDied(str(fault)) from fault
+
+    def picture(self) -> UInt8[np.ndarray, "size size 3"]:
+        """The environment as it stands.
+
+        Raises:
+            UnsupportedSetting: it makes no pictures where states are observed, as some of Gymnasium's own tasks.
+        """
+        frame = self._env.render()
+        if not isinstance(frame, np.ndarray):
+            raise UnsupportedSetting(f"{self._task} makes no pictures where states are observed")
+        return frame
 
     def restart(self) -> None:
         """See Slot."""

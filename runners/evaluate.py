@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ class EvaluateConfig:
     checkpoint: Literal["latest", "best"] = "latest"
     """best is the one whose evaluation during training scored highest, a flattered score; here it is played afresh."""
     video: str | None = None
-    """Write the first episode here, as mp4."""
+    """Write the first episode here, as mp4. A run that observes no pixels is drawn for it, 256×256."""
     explore: bool = False
     """Sample the policy instead of taking its most likely action."""
     num_envs: int = 5
@@ -79,6 +80,9 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
             "could use"
         )
     run = replace(trained, agent=config.agent or trained.agent, mpc=config.mpc)
+    drawn = config.video is not None and run.env.obs != "pixels"
+    if drawn:
+        run = replace(run, env=replace(run.env, size=256))
     check(run)
     device = resolve_device(config.device)
     configure_torch(config.threads)
@@ -88,7 +92,8 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
     try:
         agent = build_agent(run, envs.single_observation_space, envs.single_action_space, device)
         load_agent(agent, state["agent"], path)
-        result = evaluate(agent, envs, config.episodes, seed=config.seed, explore=config.explore)
+        picture = partial(envs.picture, 0) if drawn else None
+        result = evaluate(agent, envs, config.episodes, seed=config.seed, explore=config.explore, picture=picture)
         rate = float(envs.metadata["render_fps"])
     finally:
         envs.close()
@@ -117,9 +122,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(args)
         result, env_steps, rate = evaluate_run(config)
-        if config.video is not None:
-            if result.frames is None:
-                raise ConfigError("the run observes no pixels, so there is nothing to film; leave --video out")
+        if config.video is not None and result.frames is not None:
             write_video(Path(config.video), result.frames.transpose(0, 2, 3, 1), fps=rate)
             print(f"video: {config.video}")
     except USER_ERRORS as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 
 from agents.interface import Agent
 from runners.replay import Replay
@@ -145,7 +146,7 @@ def unflatten(like: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Complete episodes of one policy. ``frames`` (T,C,H,W) uint8: the first episode, where pixels are observed."""
+    """Complete episodes of one policy. ``frames`` (T,C,H,W) uint8: the first episode, where it was seen."""
 
     returns: list[float]
     lengths: list[int]
@@ -157,8 +158,17 @@ class Evaluation:
         return float(np.mean(self.returns))
 
 
-def evaluate(agent: Agent, envs: ResumableVectorEnv, episodes: int, *, seed: int, explore: bool = False) -> Evaluation:
-    """Run ``episodes`` complete episodes, by default with the deterministic policy.
+def evaluate(
+    agent: Agent,
+    envs: ResumableVectorEnv,
+    episodes: int,
+    *,
+    seed: int,
+    explore: bool = False,
+    picture: Callable[[], UInt8[np.ndarray, "H W 3"]] | None = None,
+) -> Evaluation:
+    """Run ``episodes`` complete episodes, by default with the deterministic policy. ``picture`` draws environment 0 as
+    it stands; None: the frames are what it observes, if that is pixels.
 
     Environment i plays episodes i, i + E, … of ``seed``, so that the same seed gives the same starts, and a short
     episode is not counted more often than a long one.
@@ -174,7 +184,7 @@ def evaluate(agent: Agent, envs: ResumableVectorEnv, episodes: int, *, seed: int
     carry, frames = agent.initial(n), []
     while any(len(done) < q for done, q in zip(finished, quota, strict=True)):
         if not finished[0]:
-            frames.append(np.array(obs[0]))
+            frames.append(np.array(obs[0]) if picture is None else picture().transpose(2, 0, 1))
         action, carry = agent.act(obs, is_first, carry, explore=explore)
         obs, reward, terminated, truncated, info = envs.step(action)
         returns[:] += reward

@@ -19,7 +19,7 @@ from runners.checkpoint import Checkpoints
 from runners.config import from_json, to_json
 from runners.evaluate import main
 from runners.train import train
-from tests.loop_helpers import COUNTING, Finished, config, contents, finished_run, newest_state, program
+from tests.loop_helpers import COUNTING, TINY, Finished, config, contents, finished_run, newest_state, program
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,25 @@ def test_random_agent_on_states(tmp_path: Path, capsys: pytest.CaptureFixture[st
     answer = play(capsys, tmp_path, "--episodes", "3")
     assert len(answer["returns"]) == 3
     assert play(capsys, tmp_path, "--episodes", "3") == answer
+
+
+def test_a_run_that_observes_states_is_drawn_for_its_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config(tmp_path, TINY, agent="random", env__obs="state", loop__view_steps=0), quiet=True) is not None
     film = tmp_path / "out.mp4"
-    assert "no pixels" in refused(capsys, tmp_path, "--episodes", "1", "--video", str(film))
+    answer = play(capsys, tmp_path, "--episodes", "2", "--video", str(film))
+    with av.open(str(film)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert frames[0].shape == (256, 256, 3)
+    assert any(np.abs(frame.astype(int) - frames[0]).max() > 30 for frame in frames)  # the cart moves
+    assert play(capsys, tmp_path, "--episodes", "2")["returns"] == answer["returns"]
+
+
+@pytest.mark.filterwarnings("ignore:.*calling render method without specifying any render mode")
+def test_a_task_that_makes_no_pictures_is_not_filmed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pendulum = config(tmp_path, COUNTING, agent="random", task="gym/Pendulum-v1")
+    assert train(pendulum, quiet=True) is not None
+    film = tmp_path / "out.mp4"
+    assert "makes no pictures" in refused(capsys, tmp_path, "--episodes", "1", "--video", str(film))
     assert not film.exists()
 
 
