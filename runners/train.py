@@ -223,6 +223,8 @@ def finish(run: Session, evaluation: Evaluation | None) -> Evaluation:
             log.message(f"video: {video}")
         except NoVideo as error:
             log.message(f"no video: {error}")
+    if run.config.env.obs == "state":
+        log.message(f"video, on demand: python -m runners.evaluate --run-dir {run.path} --video film.mp4")
     log.message(f"curves: tensorboard --logdir {run.path}")
     return result
 

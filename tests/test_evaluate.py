@@ -119,14 +119,16 @@ def test_random_agent_on_states(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_run_that_observes_states_is_drawn_for_its_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(config(tmp_path, TINY, agent="random", env__obs="state", loop__view_steps=0), quiet=True) is not None
+    settings = config(tmp_path / "run", TINY, agent="random", env__obs="state", loop__view_steps=0)
+    assert train(settings) is not None
     film = tmp_path / "out.mp4"
-    answer = play(capsys, tmp_path, "--episodes", "2", "--video", str(film))
+    assert f"runners.evaluate --run-dir {tmp_path / 'run'} --video" in capsys.readouterr().out
+    answer = play(capsys, tmp_path / "run", "--episodes", "2", "--video", str(film))
     with av.open(str(film)) as video:
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert frames[0].shape == (256, 256, 3)
     assert any(np.abs(frame.astype(int) - frames[0]).max() > 30 for frame in frames)  # the cart moves
-    assert play(capsys, tmp_path, "--episodes", "2")["returns"] == answer["returns"]
+    assert play(capsys, tmp_path / "run", "--episodes", "2")["returns"] == answer["returns"]
 
 
 @pytest.mark.filterwarnings("ignore:.*calling render method without specifying any render mode")
