@@ -12,7 +12,7 @@ installed := .venv/.installed
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo '  make train TASK=dmc/walker-walk SEED=2 RUN_DIR=runs/walker ARGS="--preset locomotion"'
+	@echo '  make train TASK=dmc/walker-walk SEED=2 RUN_DIR=runs/walker ARGS="--env-steps 50000"'
 	@echo '  make test ARGS="-k replay"'
 	@echo
 	@echo '  On Linux pip installs the CUDA build of torch, about 3 GB. For the CPU build, the first time:'

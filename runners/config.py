@@ -90,8 +90,7 @@ class Config:
     threads: int = 0
     """CPU threads that PyTorch uses, in each process that learns. 0: all cores, shared by those."""
     preset: str = "auto"
-    """Defaults of everything else: cpu, locomotion or cuda; auto is cuda where there is one, else cpu. locomotion is
-    for tasks with legs on a CPU: three times the updates for each step, and a convolutional encoder."""
+    """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
     compile: Compilation = "auto"
@@ -129,13 +128,10 @@ class ConfigError(ValueError):
 
 
 def presets() -> dict[str, Config]:
-    """Defaults by name: ``cpu`` and ``locomotion`` fit two cores, ``cuda`` one GPU under the published protocol.
+    """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol.
 
     The processor sets the budget of ``cpu``, so that it takes less than 20 minutes of two cores: those that compute in
     bfloat16 have been more than twice as fast. All else is the same on both.
-
-    What has legs wants updates rather than steps, and an eye for more than the places of things: on walker ``cpu``
-    stays at 200, from states too.
     """
     # Not the field's own default, which is what run folders without the field were made with.
     cpu = Config(
@@ -144,13 +140,6 @@ def presets() -> dict[str, Config]:
         # As good as the fields' own defaults, cheaper and smoother: one search, and more elites. Five ahead score
         # better and cost half as much again, which is too dear while collecting.
         mpc=MPCConfig(horizon=5, collecting_horizon=3, mppi=MPPIConfig(iterations=1, elites=16, temperature=1.0)),
-    )
-    locomotion = dataclasses.replace(
-        cpu,
-        env_steps=60_000,
-        model=LeWMConfig(encoder="conv"),
-        dreamer=DreamerConfig(discount=0.99, behaviour_lr=1e-3),
-        loop=LoopConfig(train_ratio=128, eval_every=10_000),
     )
     cuda = Config(
         env_steps=100_000,
@@ -171,7 +160,7 @@ def presets() -> dict[str, Config]:
         td3=TD3Config(pixel_batch=256),
         tqc=TQCConfig(pixel_batch=256),
     )
-    return {"cpu": cpu, "locomotion": locomotion, "cuda": cuda}
+    return {"cpu": cpu, "cuda": cuda}
 
 
 def parse_args(args: Sequence[str]) -> Config:
