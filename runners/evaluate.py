@@ -47,7 +47,7 @@ class EvaluateConfig:
     checkpoint: Literal["latest", "best"] = "latest"
     """best is the one whose evaluation during training scored highest, a flattered score; here it is played afresh."""
     video: str | None = None
-    """Write the first episode here, as mp4. A run that observes no pixels is drawn for it, 256×256."""
+    """Write the first episode here, as mp4. A run that observes states is drawn for it, 256×256."""
     explore: bool = False
     """Sample the policy instead of taking its most likely action."""
     num_envs: int = 5
@@ -80,7 +80,7 @@ def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, int, float]:
             "could use"
         )
     run = replace(trained, agent=config.agent or trained.agent, mpc=config.mpc)
-    drawn = config.video is not None and run.env.obs != "pixels"
+    drawn = config.video is not None and run.env.obs == "state"
     if drawn:
         run = replace(run, env=replace(run.env, size=256))
     check(run)
@@ -122,7 +122,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(args)
         result, env_steps, rate = evaluate_run(config)
-        if config.video is not None and result.frames is not None:
+        if config.video is not None:
+            assert result.frames is not None  # observed, or drawn for the film
             write_video(Path(config.video), result.frames.transpose(0, 2, 3, 1), fps=rate)
             print(f"video: {config.video}")
     except USER_ERRORS as error:
