@@ -13,7 +13,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium import wrappers
-from gymnasium.envs.registration import registry
+from gymnasium.envs.registration import load_env_creator, registry
 
 from envs import dmc
 from envs.camera import Camera, apply_profile, fixed_view
@@ -197,8 +197,9 @@ def _make_gym(task: Task, config: EnvConfig) -> gym.Env:
     from gymnasium.envs.mujoco import MujocoEnv  # which brings a window system, for nothing where all is dm_control
 
     is_mujoco = task.suite == "mujoco" or task.name in _mujoco_ids("v4", "v5")
-    own_rendering = {} if is_mujoco or config.obs == "state" else {"render_mode": "rgb_array"}
     try:
+        draws = not is_mujoco and (config.obs != "state" or _draws_itself(task.name))
+        own_rendering = {"render_mode": "rgb_array"} if draws else {}
         env = gym.make(task.name, max_episode_steps=config.time_limit, disable_env_checker=True, **own_rendering)
     except ImportError as error:
         raise gym.error.DependencyNotInstalled(f"{task} cannot be made here: {error}") from error
@@ -206,7 +207,14 @@ def _make_gym(task: Task, config: EnvConfig) -> gym.Env:
         return Pictures(Divergence(env), config.size, _mujoco_camera(env.unwrapped, config))
     if config.camera is not None:
         raise UnsupportedSetting(f"{task} draws its own picture: it has no camera to choose, leave camera unset")
-    return env if config.obs == "state" else Pictures(env, config.size)
+    return Pictures(env, config.size) if draws else env
+
+
+def _draws_itself(name: str) -> bool:
+    """Whether the environment says that it renders an rgb_array. Raises ImportError."""
+    entry = gym.spec(name.rpartition(":")[2]).entry_point
+    creator = load_env_creator(entry) if isinstance(entry, str) else entry
+    return "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
 
 
 def _mujoco_camera(env: MujocoEnv, config: EnvConfig) -> Camera:

@@ -202,7 +202,7 @@ class VectorEnv(gym.vector.VectorEnv):
 
         Raises:
             NoOpenGL: there is nothing to draw with.
-            UnsupportedSetting: it makes no pictures where states are observed, as some of Gymnasium's own tasks.
+            UnsupportedSetting: it makes none.
             ValueError: it is in a process of its own.
         """
         slot = self._slots[index]

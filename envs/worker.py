@@ -157,11 +157,12 @@ class LocalSlot:
         """The environment as it stands.
 
         Raises:
-            UnsupportedSetting: it makes no pictures where states are observed, as some of Gymnasium's own tasks.
+            UnsupportedSetting: it makes none.
         """
+        if self._env.render_mode != "rgb_array":
+            raise UnsupportedSetting(f"{self._task} makes no pictures: it has no rgb_array rendering")
         frame = self._env.render()
-        if not isinstance(frame, np.ndarray):
-            raise UnsupportedSetting(f"{self._task} makes no pictures where states are observed")
+        assert isinstance(frame, np.ndarray)
         return frame
 
     def restart(self) -> None:

@@ -26,11 +26,11 @@ class Counting(gym.Env[np.ndarray, Any]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  as Gymnasium declares it
-    render_mode = "rgb_array"
 
     def __init__(
         self, render_mode: str | None = None, bad: str = "", discrete: bool = False, unbounded: bool = False
     ) -> None:
+        self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
         limit = np.inf if unbounded else 2.0
         self.action_space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-limit, limit, (1,), np.float32)
@@ -53,6 +53,7 @@ class Counting(gym.Env[np.ndarray, Any]):
         return obs, reward, over and self.terminates, over and not self.terminates, {}
 
     def render(self) -> np.ndarray:
+        assert self.render_mode == "rgb_array"
         if self._bad == "picture":
             raise gym.error.DependencyNotInstalled("a painter is not installed, run `pip install painter`")
         return np.full((40, 60, 3), 10 * self._count, np.uint8)

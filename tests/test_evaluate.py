@@ -19,6 +19,7 @@ from runners.checkpoint import Checkpoints
 from runners.config import from_json, to_json
 from runners.evaluate import main
 from runners.train import train
+from tests.envs_helpers import PREFIX
 from tests.loop_helpers import COUNTING, TINY, Finished, config, contents, finished_run, newest_state, program
 
 
@@ -131,10 +132,18 @@ def test_a_run_that_observes_states_is_drawn_for_its_video(tmp_path: Path, capsy
     assert play(capsys, tmp_path / "run", "--episodes", "2")["returns"] == answer["returns"]
 
 
-@pytest.mark.filterwarnings("ignore:.*calling render method without specifying any render mode")
+def test_a_task_that_draws_itself_is_filmed_where_it_observes_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config(tmp_path / "run", COUNTING, agent="random"), quiet=True) is not None
+    play(capsys, tmp_path / "run", "--episodes", "1", "--video", str(tmp_path / "out.mp4"))
+    with av.open(str(tmp_path / "out.mp4")) as video:
+        brightness = [frame.to_ndarray(format="rgb24").mean() for frame in video.decode(video=0)]
+    assert np.abs(np.diff(brightness) - 10).max() < 3  # it counts its steps
+
+
 def test_a_task_that_makes_no_pictures_is_not_filmed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pendulum = config(tmp_path, COUNTING, agent="random", task="gym/Pendulum-v1")
-    assert train(pendulum, quiet=True) is not None
+    assert train(config(tmp_path, COUNTING, agent="random", task=PREFIX + "Moody-v0"), quiet=True) is not None
     film = tmp_path / "out.mp4"
     assert "makes no pictures" in refused(capsys, tmp_path, "--episodes", "1", "--video", str(film))
     assert not film.exists()
