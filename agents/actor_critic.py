@@ -110,6 +110,8 @@ class CriticConfig:
     """Critics; what bootstraps is the mean of the slow copies less ``pessimism`` times their half spread."""
     pessimism: float = 1.0
     """0: the mean of the slow copies; 1: their minimum (with two members)."""
+    rows: Literal["all", "split"] = "all"
+    """all: every row teaches every member. split: it teaches one of them, in turn, which is that much cheaper."""
     units: int = 128
     """Units of each hidden layer."""
     layers: int = 2
@@ -136,9 +138,19 @@ class Critic(nn.Module):
     def _logits(members: nn.ModuleList, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "members *N bins"]:
         return torch.stack([member.net(feat) for member in members])  # type: ignore[operator]
 
-    def loss(self, feat: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        """Two-hot cross entropy a row, mean over the members."""
-        return self.code.loss(self._logits(self.members, feat), target).mean(0)
+    def loss(self, feat: Float[Tensor, "N F"], target: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Two-hot cross entropy a row: the mean over the members that learn it.
+
+        Where rows are split, several ranks learn what one would if each has a multiple of as many sequences as there
+        are members; else other rows teach each of them.
+        """
+        if self.config.rows == "all":
+            return self.code.loss(self._logits(self.members, feat), target).mean(0)
+        loss, count = torch.empty_like(target), len(self.members)
+        for i, member in enumerate(self.members):
+            taught = slice(i, None, count)
+            loss[taught] = self.code.loss(member.net(feat[taught]), target[taught])  # type: ignore[operator]
+        return loss
 
     def value(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """What bootstraps: see :class:`CriticConfig`."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from agents.actor_critic import CriticConfig, PolicyConfig
+from agents.actor_critic import PolicyConfig
 from runners.config import Config, presets
 from worldmodels.encoder import KeypointConfig
 from worldmodels.interface import Batch
@@ -35,7 +35,7 @@ def reference(config: Config | None = None) -> Config:
             horizon=15,
             starts=1024,
             policy=PolicyConfig(units=units),
-            critic=CriticConfig(units=units),
+            critic=replace(cuda.dreamer.critic, units=units),
             precision=config.dreamer.precision,
         ),
         loop=replace(cuda.loop, train_ratio=config.loop.train_ratio),

@@ -31,7 +31,11 @@ from worldmodels.sigreg import sigreg
 
 MODEL = replace(SMALL, cut_windows=False)
 AGENT = DreamerConfig(
-    policy=PolicyConfig(units=16), critic=CriticConfig(units=16), horizon=3, starts=32, precision="float32"
+    policy=PolicyConfig(units=16),
+    critic=CriticConfig(units=16, rows="split"),
+    horizon=3,
+    starts=32,
+    precision="float32",
 )
 RUN = TINY | {"num-envs": 2, "env-steps": 560, "loop.eval-every": 280, "loop.eval-episodes": 1}
 """Two environments, of which two ranks have one each, in their own process: 35 rows of each, 20 of them random."""

@@ -197,6 +197,19 @@ def test_the_loss_is_the_members_mean_and_moves_them_alone() -> None:
     assert all(p.grad is None and not p.requires_grad for p in critic.slow.parameters())
 
 
+def test_split_rows_teach_one_member_each_in_turn() -> None:
+    critic, feat, target = Critic(4, CriticConfig(rows="split", units=8, layers=1)), torch.randn(5, 4), torch.randn(5)
+    with torch.no_grad():
+        for i, member in enumerate(critic.members):
+            member.net[-1].bias.add_(torch.randn(101) * (i + 1))
+    loss = critic.loss(feat, target)
+    for i, member in enumerate(critic.members):
+        torch.testing.assert_close(loss[i::2], member.loss(feat, target)[i::2])
+    loss[3].backward()
+    assert not any(p.grad.any() for p in critic.members[0].parameters())
+    assert critic.members[1].net[-1].bias.grad.any()
+
+
 def test_value_reads_the_slow_copies_only() -> None:
     critic, feat = Critic(4, CriticConfig(members=2, units=8, layers=1)), torch.randn(5, 4)
     with torch.no_grad():
