@@ -137,7 +137,6 @@ def presets() -> dict[str, Config]:
     cpu = Config(
         env_steps=480_000 if computes_bf16(torch.device("cpu")) else 320_000,
         model=LeWMConfig(keypoint=KeypointConfig(kernel=1)),
-        dreamer=DreamerConfig(critic=CriticConfig(rows="split")),
         # As good as the fields' own defaults, cheaper and smoother: one search, and more elites. Five ahead score
         # better and cost half as much again, which is too dear while collecting.
         mpc=MPCConfig(horizon=5, collecting_horizon=3, mppi=MPPIConfig(iterations=1, elites=16, temperature=1.0)),
