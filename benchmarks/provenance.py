@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from runners.cores import cores
+
 
 def command_line(module: str, args: Sequence[str]) -> str:
     """The line that a person would type to run ``module`` with ``args``."""
@@ -27,16 +29,15 @@ def now() -> str:
 
 def machine_line() -> str:
     """The processor, its cores that this process may use, and the GPUs; no host name."""
-    cores = core_count()
-    gpus = _gpus()
-    return f"{_cpu_model()}, {cores} {'core' if cores == 1 else 'cores'}" + (f"; {', '.join(gpus)}" if gpus else "")
+    count, gpus = cores(), _gpus()
+    return f"{_cpu_model()}, {count} {'core' if count == 1 else 'cores'}" + (f"; {', '.join(gpus)}" if gpus else "")
 
 
 def machine() -> dict[str, Any]:
     """What a timing depends on, as JSON. ``load_average`` (1 minute) tells whether others used the machine."""
     return {
         "cpu": _cpu_model(),
-        "cores": core_count(),
+        "cores": cores(),
         "gpus": _gpus(),
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": round(os.getloadavg()[0], 2),
@@ -50,13 +51,6 @@ def machine() -> dict[str, Any]:
 def software() -> dict[str, str]:
     """Versions of what computes, renders and simulates."""
     return {"torch": torch.__version__, **{name: version(name) for name in ("mujoco", "dm-control", "gymnasium")}}
-
-
-def core_count() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

@@ -24,12 +24,13 @@ import tyro
 from benchmarks.executors import Executor, LocalProcesses, RayCluster, Slurm
 from benchmarks.grid import Cell, Grid, GridError, GridFolder, agent_label, check_flags
 from benchmarks.outlook import Board, Outlook, Plan
-from benchmarks.provenance import command_line, core_count
+from benchmarks.provenance import command_line
 from benchmarks.suites import SUITES, SuiteName
 from benchmarks.training import POLL_S, Job
 from envs import UnknownTask
 from runners.checks import check, refuse_below
 from runners.config import ConfigError, parse_args
+from runners.cores import cores
 from runners.disk import DiskFull, clear_disk_full
 from runners.train import StopOnSignal
 
@@ -140,7 +141,7 @@ def make_executor(options: RunConfig, folder: GridFolder) -> Executor:
 def cpus_per_run(options: RunConfig) -> int:
     """For a new run."""
     on_cluster = options.ray is not None or options.slurm
-    return options.cpus_per_run or (2 if on_cluster else max(1, core_count() // options.jobs))
+    return options.cpus_per_run or (2 if on_cluster else max(1, cores() // options.jobs))
 
 
 def make_job(folder: GridFolder, grid: Grid, cell: Cell, threads: int) -> Job:

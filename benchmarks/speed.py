@@ -33,7 +33,7 @@ from benchmarks.decision import published_peer, time_decision, time_published_de
 from benchmarks.loop import time_loop
 from benchmarks.peer_updates import compare_peers, contests
 from benchmarks.peers import PeerUnavailable
-from benchmarks.provenance import command_line, core_count, machine, machine_line, now
+from benchmarks.provenance import command_line, machine, machine_line, now
 from benchmarks.reference_size import reference
 from benchmarks.stopwatch import Measurement, Results, Stopwatch, as_table
 from benchmarks.update_cost import measure_cost
@@ -41,6 +41,7 @@ from benchmarks.update_parts import PARTS, time_parts
 from envs import EnvConfig, action_repeat_of, make_vector_env
 from runners.checks import check, refuse_below
 from runners.config import Config, ConfigError, build_agent, parse_args, resolve_device
+from runners.cores import cores
 from runners.replay import Replay
 from runners.rollout import Collector
 from runners.session import configure_torch
@@ -84,7 +85,7 @@ class SpeedConfig:
 
 def measure_env(run: Config, options: SpeedConfig, watch: Stopwatch) -> Results:
     """Frames a second, resets included, with random actions."""
-    processes = options.processes or max(2, core_count())
+    processes = options.processes or max(2, cores())
     repeat = action_repeat_of(run.task, run.env)
 
     def frames(env: EnvConfig, num_envs: int) -> Measurement:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 from contextlib import ExitStack
 from functools import cache
@@ -21,6 +20,7 @@ from envs.vector import VectorEnv
 from runners.checkpoint import Checkpoints
 from runners.checks import check, check_parts
 from runners.config import Config, ConfigError, differences, read_config, resolve_device, to_json
+from runners.cores import cores, others_at_work
 from runners.disk import lock_file, replace_file
 from runners.logger import Logger, Silence
 from runners.replay import Replay
@@ -96,6 +96,8 @@ class Session:
             quiet=quiet,
         )
         opened.callback(self.logger.close)
+        if saved is None and self.config.threads == 0 and self.device.type == "cpu" and (busy := others_at_work()):
+            self.logger.message(busy)
         if saved is not None:
             self.logger.message(f"resuming {self.path} at {self.env_steps:,} env_steps")
 
@@ -209,7 +211,7 @@ def set_torch_random(state: dict[str, Any], device: torch.device) -> None:
 
 def configure_torch(threads: int) -> None:
     """Threads and memory of this process."""
-    torch.set_num_threads(threads or max(1, ranks.part(os.cpu_count() or 1)))
+    torch.set_num_threads(threads or max(1, ranks.part(cores())))
     if sys.platform == "linux":
         _keep_memory()
 

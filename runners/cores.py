@@ -1,0 +1,28 @@
+"""How much of the machine is this process's."""
+
+from __future__ import annotations
+
+import os
+
+from loky import cpu_count
+
+
+def cores() -> int:
+    """Processor cores that this process may use, at least one: those that it is bound to (by Slurm or ``taskset``),
+    within its container's quota, hyperthreads of one core counted once."""
+    return int(cpu_count(only_physical_cores=True))
+
+
+def others_at_work() -> str | None:
+    """For a training that is to use all cores: what to do instead if other programs keep them busy, else nothing.
+
+    Two programs that share every core's work with themselves wait for each other: a training beside another one fell
+    to a tenth of its speed.
+    """
+    load, ours = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cores()
+    if load < 0.75 * ours:
+        return None
+    return (
+        f"other programs keep this machine busy (a load of {load:.1f} for {ours} cores): "
+        "beside them --threads 1 learns faster"
+    )
