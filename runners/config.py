@@ -88,8 +88,8 @@ class Config:
     replay_device: Literal["auto", "host", "cuda"] = "auto"
     """Where sampled images live. auto: on the GPU that learns, if they fill at most half of its free memory."""
     threads: int = 0
-    """CPU threads that PyTorch uses, in each process that learns. 0: all cores that Slurm, a container or taskset leaves
-    to the run, shared by those."""
+    """CPU threads that PyTorch uses, in each process that learns. 0: all cores that Slurm, a container or taskset
+    leaves to the run, shared by those."""
     preset: str = "auto"
     """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
