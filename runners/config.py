@@ -149,7 +149,7 @@ def presets() -> dict[str, Config]:
         model=LeWMConfig(latent_dim=128, rollout=8, head_units=256, sigreg_weight=0.0125),
         dreamer=DreamerConfig(
             policy=PolicyConfig(units=256),
-            critic=CriticConfig(units=256, rows="split"),
+            critic=CriticConfig(units=256),
             horizon=8,
             starts=960,  # of 1,024 rows: a sequence's first ones lack the memory that acting has
             discount=0.99,
