@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from joblib import cpu_count
+from loky import cpu_count
 
 
 def cores() -> int:
