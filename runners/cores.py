@@ -16,8 +16,7 @@ def cores() -> int:
 def others_at_work() -> str | None:
     """For a training that is to use all cores: what to do instead if other programs keep them busy, else nothing.
 
-    Two programs that share every core's work with themselves wait for each other: a training beside another one fell
-    to a tenth of its speed.
+    Two trainings that use all cores each wait for each other: one fell to a tenth of its speed.
     """
     load, ours = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cores()
     if load < 0.75 * ours:

@@ -31,12 +31,9 @@ from worldmodels.sigreg import sigreg
 
 MODEL = replace(SMALL, cut_windows=False)
 AGENT = DreamerConfig(
-    policy=PolicyConfig(units=16),
-    critic=CriticConfig(units=16, rows="split"),
-    horizon=3,
-    starts=32,
-    precision="float32",
+    policy=PolicyConfig(units=16), critic=CriticConfig(units=16), horizon=3, starts=32, precision="float32"
 )
+SPLIT = replace(AGENT, critic=CriticConfig(units=16, rows="split"))
 RUN = TINY | {"num-envs": 2, "env-steps": 560, "loop.eval-every": 280, "loop.eval-episodes": 1}
 """Two environments, of which two ranks have one each, in their own process: 35 rows of each, 20 of them random."""
 
@@ -96,18 +93,18 @@ class FromEverywhere(DreamerAgent):
         return type(states)(*(x.detach() for x in states))
 
 
-def learner() -> DreamerAgent:
+def learner(settings: DreamerConfig = AGENT) -> DreamerAgent:
     torch.manual_seed(3)
-    agent = FromEverywhere(build_world_model((5,), 2, MODEL), 2, Pathwise(), AGENT)
+    agent = FromEverywhere(build_world_model((5,), 2, MODEL), 2, Pathwise(), settings)
     for module in (agent.model, agent.policy, agent.critic):
         awake(module)
     agent.start(own(3 * torch.randn(32, 5) + 1))
     return agent
 
 
-def of_updates() -> Answer:
+def of_updates(settings: DreamerConfig = AGENT) -> Answer:
     """Three updates: all metrics, and of the last all gradients; the weights after them."""
-    agent = learner()
+    agent = learner(settings)
     found: Answer = {}
     noise = iter(torch.randn(3 * AGENT.horizon, AGENT.starts, 2))
     for i in range(3):
@@ -143,6 +140,7 @@ ANSWERS: dict[str, Callable[[], Answer]] = {
     "SIGReg of a sample for each time step": lambda: of_sigreg(3),
     "the world model's losses": of_losses,
     "updates": of_updates,
+    "updates of split rows": lambda: of_updates(SPLIT),
     "a NaN": of_a_nan_in_one_row,
 }
 
