@@ -14,7 +14,8 @@ def cores() -> int:
 
 
 def others_at_work() -> str | None:
-    """For a training that is to use all cores: what to do instead if other programs keep them busy, else nothing.
+    """For a training that is to use all cores: what to do instead if others keep them busy, or nothing where they have
+    not been. An installation that has just ended counts, too.
 
     Two trainings that use all cores each wait for each other: one fell to a tenth of its speed.
     """
@@ -22,6 +23,6 @@ def others_at_work() -> str | None:
     if load < 0.75 * ours:
         return None
     return (
-        f"other programs keep this machine busy (a load of {load:.1f} for {ours} cores): "
-        "beside them --threads 1 learns faster"
+        f"this machine was busy in the last minute (a load of {load:.1f} for {ours} cores): "
+        "if other programs go on beside this one, --threads 1 learns faster"
     )
