@@ -111,7 +111,8 @@ class CriticConfig:
     pessimism: float = 1.0
     """0: the mean of the slow copies; 1: their minimum (with two members)."""
     rows: Literal["all", "split"] = "all"
-    """all: every row teaches every member. split: it teaches one of them, in turn, which is that much cheaper."""
+    """all: every imagined row teaches every member. split: all rows that follow from a start teach one of them, in turn
+    with those from other starts, which is that much cheaper. Replayed rows teach every member."""
     units: int = 128
     """Units of each hidden layer."""
     layers: int = 2
@@ -138,18 +139,23 @@ class Critic(nn.Module):
     def _logits(members: nn.ModuleList, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "members *N bins"]:
         return torch.stack([member.net(feat) for member in members])  # type: ignore[operator]
 
-    def loss(self, feat: Float[Tensor, "N F"], target: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Two-hot cross entropy a row: the mean over the members that learn it.
+    def loss(self, feat: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        """Two-hot cross entropy a row, the mean over the members."""
+        return self.code.loss(self._logits(self.members, feat), target).mean(0)
 
-        Where rows are split, several ranks learn what one would if each has a multiple of as many sequences as there
-        are members; else other rows teach each of them.
+    def imagined_loss(self, feat: Float[Tensor, "H N F"], target: Float[Tensor, "H N"]) -> Float[Tensor, "H N"]:
+        """The same, of rows that were imagined from N starts: see ``rows`` of :class:`CriticConfig`.
+
+        Split, several ranks learn what one would if each has a multiple of as many starts as there are members; else
+        other starts teach each of them.
         """
         if self.config.rows == "all":
-            return self.code.loss(self._logits(self.members, feat), target).mean(0)
+            return self.loss(feat, target)
         loss, count = torch.empty_like(target), len(self.members)
         for i, member in enumerate(self.members):
-            taught = slice(i, None, count)
-            loss[taught] = self.code.loss(member.net(feat[taught]), target[taught])  # type: ignore[operator]
+            of = target[:, i::count]
+            rows = feat[:, i::count].flatten(0, 1)  # of three axes, a layer's bias would be an operator of its own
+            loss[:, i::count] = self.code.loss(member.net(rows), of.flatten()).view(of.shape)  # type: ignore[operator]
         return loss
 
     def value(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:

@@ -357,8 +357,7 @@ class DreamerAgent:
         scale = self.scale(returns)
         loss = self.estimator(Imagined(returns, value[:, :-1].detach(), log_probs, scale))
         policy_loss = (weight * (loss - cfg.entropy * entropies)).mean()
-        decided_in = feats[:-1].detach().flatten(0, 1)
-        critic_loss = (weight.t().flatten() * self.critic.loss(decided_in, returns.detach().t().flatten())).mean()
+        critic_loss = (weight.t() * self.critic.imagined_loss(feats[:-1].detach(), returns.detach().t())).mean()
         means = {
             "policy_loss": policy_loss.detach(),
             "critic_loss": critic_loss.detach(),

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from agents import dreamer
-from agents.actor_critic import CriticConfig, PolicyConfig
+from agents.actor_critic import PolicyConfig
 from agents.dreamer import Compilation, DreamerAgent
 from benchmarks.reference_size import random_batch
 from runners.config import Config, build_agent, presets, resolve_device
@@ -52,7 +52,7 @@ def small() -> Config:
     cpu = presets()["cpu"]
     eyes, window = KeypointConfig(stem=8, keypoints=8, hidden=16), WindowConfig(hidden=(16, 16))
     model = replace(cpu.model, latent_dim=8, keypoint=eyes, window=window, rollout=2, head_units=16)
-    policy, critic = PolicyConfig(units=16, layers=1), CriticConfig(units=16, layers=1)
+    policy, critic = PolicyConfig(units=16, layers=1), replace(cpu.dreamer.critic, units=16, layers=1)
     agent = replace(
         cpu.dreamer, policy=policy, critic=critic, horizon=1, starts=16, behaviour_every=2, precision="float32"
     )

@@ -197,16 +197,19 @@ def test_the_loss_is_the_members_mean_and_moves_them_alone() -> None:
     assert all(p.grad is None and not p.requires_grad for p in critic.slow.parameters())
 
 
-def test_split_rows_teach_one_member_each_in_turn() -> None:
-    critic, feat, target = Critic(4, CriticConfig(rows="split", units=8, layers=1)), torch.randn(5, 4), torch.randn(5)
+@pytest.mark.parametrize("rows", ["all", "split"])
+def test_imagined_rows_teach_every_member_or_those_of_a_start_one_of_them(rows: str) -> None:
+    critic = Critic(4, CriticConfig(rows=rows, units=8, layers=1))
+    feat, target = torch.randn(3, 5, 4), torch.randn(3, 5)
     with torch.no_grad():
         for i, member in enumerate(critic.members):
             member.net[-1].bias.add_(torch.randn(101) * (i + 1))
-    loss = critic.loss(feat, target)
-    for i, member in enumerate(critic.members):
-        torch.testing.assert_close(loss[i::2], member.loss(feat, target)[i::2])
-    loss[3].backward()
-    assert not any(p.grad.any() for p in critic.members[0].parameters())
+    loss = critic.imagined_loss(feat, target)
+    of_members = torch.stack([member.loss(feat, target) for member in critic.members])
+    expected = of_members.mean(0) if rows == "all" else of_members[[0, 1, 0, 1, 0], :, range(5)].T
+    torch.testing.assert_close(loss, expected)
+    loss[:, 3].sum().backward()
+    assert any(p.grad.any() for p in critic.members[0].parameters()) == (rows == "all")
     assert critic.members[1].net[-1].bias.grad.any()
 
 
