@@ -214,14 +214,15 @@ def test_floats_survive_the_round_trip_exactly() -> None:
     assert (again.loop.train_ratio, again.dreamer.model_lr) == (0.1, 1e-300)
 
 
-def test_a_run_from_before_the_kernel_had_a_flag_keeps_its_encoder() -> None:
+def test_a_run_from_before_a_setting_had_a_flag_goes_on_as_it_was() -> None:
     command = ["--preset", "cpu"]
     now = parse_args(command)
     written = json.loads(to_json(now))
-    del written["model"]["keypoint"]["kernel"]
+    del written["model"]["keypoint"]["kernel"], written["dreamer"]["critic"]["rows"]
     before = from_json(json.dumps(written))
-    assert differences(before, now) == ["model.keypoint.kernel: 3 → 1"]
-    assert not differences(before, parse_args([*command, "--model.keypoint.kernel", "3"]))
+    assert differences(before, now) == ["model.keypoint.kernel: 3 → 1", "dreamer.critic.rows: all → split"]
+    as_it_was = ["--model.keypoint.kernel", "3", "--dreamer.critic.rows", "all"]
+    assert not differences(before, parse_args([*command, *as_it_was]))
 
 
 DEFAULT_JSON = json.loads(to_json(Config()))
