@@ -178,8 +178,8 @@ def holds_run(path: Path, config: Config) -> bool:
             lines = "\n  ".join(changed)
             raise ConfigError(
                 f"{path} holds a run with another configuration:\n  {lines}\n"
-                "Repeat its own command to go on with it, or choose another --run-dir. Where only a default is another one "
-                "in this version, add the old value as a flag."
+                "Repeat its own command to go on with it, or choose another --run-dir. Where only a default is another "
+                "one in this version, add the old value as a flag."
             )
         return True
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
