@@ -153,9 +153,9 @@ class Critic(nn.Module):
             return self.loss(feat, target)
         loss, count = torch.empty_like(target), len(self.members)
         for i, member in enumerate(self.members):
-            of = target[:, i::count]
+            own = target[:, i::count]
             rows = feat[:, i::count].flatten(0, 1)  # of three axes, a layer's bias would be an operator of its own
-            loss[:, i::count] = self.code.loss(member.net(rows), of.flatten()).view(of.shape)  # type: ignore[operator]
+            loss[:, i::count] = self.code.loss(member.net(rows), own.flatten()).view(own.shape)  # type: ignore[operator]
         return loss
 
     def value(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:

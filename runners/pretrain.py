@@ -34,7 +34,15 @@ from runners.logger import Logger
 from runners.pretrain_config import SETTINGS, PretrainConfig, next_command, parse_args, run_config, to_json
 from runners.progress import Display
 from runners.run import load_agent
-from runners.session import claim_run, configure_torch, holds_run, lock_run, set_torch_random, torch_random
+from runners.session import (
+    claim_run,
+    configure_torch,
+    holds_run,
+    lock_run,
+    refuse_changes,
+    set_torch_random,
+    torch_random,
+)
 from runners.train import USER_ERRORS, Meter, StopOnSignal
 from runners.transfer import UNKNOWN_TASK
 from runners.viewer import open_loop, undisturbed
@@ -290,12 +298,7 @@ def _holds_pretraining(path: Path, config: PretrainConfig, run: Config) -> bool:
         ]
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} cannot be used: {error}") from error
-    if changed:
-        lines = "\n  ".join(changed)
-        raise ConfigError(
-            f"{path} holds a pretraining with other settings:\n  {lines}\n"
-            "Repeat its own command to go on with it, or choose another --run-dir."
-        )
+    refuse_changes(f"{path} holds a pretraining with other settings", changed)
     return holds_run(path, run)
 
 

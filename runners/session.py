@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -170,17 +171,24 @@ def lock_run(path: Path) -> int:
     return descriptor
 
 
+def refuse_changes(found: str, changed: Sequence[str]) -> None:
+    """To go on with what was ``found``, if any setting has changed.
+
+    Raises:
+        ConfigError: names what has, and what to do.
+    """
+    if changed:
+        lines = "\n  ".join(changed)
+        raise ConfigError(
+            f"{found}:\n  {lines}\nRepeat its own command to go on with it, or choose another --run-dir. "
+            "Where only a default is another one in this version, add the old value as a flag."
+        )
+
+
 def holds_run(path: Path, config: Config) -> bool:
     """Whether the folder already holds this very run, to be resumed. Changes nothing."""
     if (path / "config.json").exists():
-        changed = differences(read_config(path), config)
-        if changed:
-            lines = "\n  ".join(changed)
-            raise ConfigError(
-                f"{path} holds a run with another configuration:\n  {lines}\n"
-                "Repeat its own command to go on with it, or choose another --run-dir. Where only a default is another "
-                "one in this version, add the old value as a flag."
-            )
+        refuse_changes(f"{path} holds a run with another configuration", differences(read_config(path), config))
         return True
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists and is not a run (it has no config.json); choose another --run-dir")
