@@ -91,7 +91,8 @@ class Config:
     """CPU threads that PyTorch uses, in each process that learns. 0: all cores that Slurm, a container or taskset
     leaves to the run, shared by those."""
     preset: str = "auto"
-    """Defaults of everything else: cpu or cuda; auto is cuda where there is one, else cpu."""
+    """Defaults of everything else: cpu, cuda or state; auto is cuda where there is one, else cpu. state is for
+    observations of states, on either."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
     compile: Compilation = "auto"
@@ -129,7 +130,8 @@ class ConfigError(ValueError):
 
 
 def presets() -> dict[str, Config]:
-    """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol.
+    """Defaults by name: ``cpu`` fits two cores, ``cuda`` one GPU under the published protocol. ``state`` learns from
+    states, where an update is cheap: it makes the more of them for each step, at each task's own action repeat.
 
     The processor sets the budget of ``cpu``, so that it takes less than 20 minutes of two cores: those that compute in
     bfloat16 have been more than twice as fast. All else is the same on both.
@@ -138,7 +140,7 @@ def presets() -> dict[str, Config]:
     cpu = Config(
         env_steps=480_000 if computes_bf16(torch.device("cpu")) else 320_000,
         model=LeWMConfig(keypoint=KeypointConfig(kernel=1)),
-        dreamer=DreamerConfig(critic=CriticConfig(rows="split")),
+        dreamer=DreamerConfig(critic=CriticConfig(rows="split", followed="first")),
         # As good as the fields' own defaults, cheaper and smoother: one search, and more elites. Five ahead score
         # better and cost half as much again, which is too dear while collecting.
         mpc=MPCConfig(horizon=5, collecting_horizon=3, mppi=MPPIConfig(iterations=1, elites=16, temperature=1.0)),
@@ -150,7 +152,7 @@ def presets() -> dict[str, Config]:
         model=LeWMConfig(latent_dim=128, rollout=8, head_units=256, sigreg_weight=0.0125),
         dreamer=DreamerConfig(
             policy=PolicyConfig(units=256),
-            critic=CriticConfig(units=256, rows="split"),
+            critic=CriticConfig(units=256, rows="split", followed="first"),
             horizon=8,
             starts=960,  # of 1,024 rows: a sequence's first ones lack the memory that acting has
             discount=0.99,
@@ -162,7 +164,14 @@ def presets() -> dict[str, Config]:
         td3=TD3Config(pixel_batch=256),
         tqc=TQCConfig(pixel_batch=256),
     )
-    return {"cpu": cpu, "cuda": cuda}
+    state = dataclasses.replace(
+        cpu,
+        env_steps=100_000,
+        env=EnvConfig(obs="state"),
+        dreamer=dataclasses.replace(cpu.dreamer, discount=0.99),
+        loop=LoopConfig(train_ratio=128, eval_every=10_000),
+    )
+    return {"cpu": cpu, "cuda": cuda, "state": state}
 
 
 def parse_args(args: Sequence[str]) -> Config:
@@ -193,6 +202,17 @@ def defaults(preset: str, device: str) -> Config:
         hint = closest(preset, table)
         raise ConfigError(f"there is no preset {preset!r}.{hint} The presets: auto, {', '.join(table)}.")
     return dataclasses.replace(table[preset], preset=preset)
+
+
+def advice(config: Config) -> str | None:
+    """Of another preset that learns more from the same steps, if there is one."""
+    learning, wanted = config.agent in ("dreamer", "mpc"), presets()["state"].loop.train_ratio
+    if not learning or config.env.obs != "state" or config.loop.train_ratio >= wanted:
+        return None
+    return (
+        f"this run replays {config.loop.train_ratio:g} rows for each step, a number for pixels; from states, "
+        f"--preset state replays {wanted:g} and learns more from each step"
+    )
 
 
 def adjust(config: Config, settings: Mapping[str, Any]) -> Config:

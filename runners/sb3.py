@@ -78,8 +78,8 @@ class Algorithm(BaseAlgorithm):
     Args:
         env: a task's name, as ``dmc/walker-walk`` or ``dmc/walker-walk-v0``, seen as ``config.env`` says; or a
             Gymnasium environment; or a VecEnv, for several environments or processes.
-        config: every setting; by default those of ``preset`` (cpu, cuda, or auto, which follows the device), with one
-            environment. Its ``task``, ``agent``, ``run_dir`` and ``env_steps`` do not count here.
+        config: every setting; by default those of ``preset`` (cpu, cuda, state, or auto, which follows the device),
+            with one environment. Its ``task``, ``agent``, ``run_dir`` and ``env_steps`` do not count here.
         run_dir: where ``replay/`` is kept; None: in a temporary folder, which goes with the model.
         settings: fields of the configuration, as ``seed=2``, ``num_envs=4``, ``**{"dreamer.horizon": 8}``.
 

@@ -20,7 +20,7 @@ from envs import action_repeat_of
 from envs.vector import VectorEnv
 from runners.checkpoint import Checkpoints
 from runners.checks import check, check_parts
-from runners.config import Config, ConfigError, differences, read_config, resolve_device, to_json
+from runners.config import Config, ConfigError, advice, differences, read_config, resolve_device, to_json
 from runners.cores import cores, others_at_work
 from runners.disk import lock_file, replace_file
 from runners.logger import Logger, Silence
@@ -99,6 +99,8 @@ class Session:
         opened.callback(self.logger.close)
         if saved is None and self.config.threads == 0 and self.device.type == "cpu" and (busy := others_at_work()):
             self.logger.message(busy)
+        if saved is None and (better := advice(self.config)):
+            self.logger.message(better)
         if saved is not None:
             self.logger.message(f"resuming {self.path} at {self.env_steps:,} env_steps")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from runners.checks import check
-from runners.config import Config, differences, from_json, parse_args, presets, to_json
+from runners.config import Config, advice, differences, from_json, parse_args, presets, to_json
 from runners.train import main
 from tests.loop_helpers import ROOT
 
@@ -89,6 +89,15 @@ def test_flags_override_the_preset() -> None:
     assert config.loop == dataclasses.replace(presets()["cuda"].loop, length=32)
     assert config.model.conv.channels == (8, 16)
     assert config.env == presets()["cuda"].env
+
+
+def test_the_preset_for_states_is_advised_to_those_who_observe_states_and_learn_little_from_them() -> None:
+    assert parse_args(["--preset", "state"]).env.obs == "state"
+    for preset in ("cpu", "state", "cuda"):
+        assert (advice(parse_args(["--preset", preset, "--env.obs", "state"])) is None) == (preset != "cpu")
+        assert advice(parse_args(["--preset", preset, "--env.obs", "pixels"])) is None
+    assert advice(parse_args(["--preset", "cpu", "--env.obs", "state", "--agent", "sac"])) is None
+    assert "--preset state" in (advice(parse_args(["--preset", "cpu", "--env.obs", "state"])) or "")
 
 
 def test_presets_differ_where_the_machines_do() -> None:
@@ -219,9 +228,14 @@ def test_a_run_from_before_a_setting_had_a_flag_goes_on_as_it_was() -> None:
     now = parse_args(command)
     written = json.loads(to_json(now))
     del written["model"]["keypoint"]["kernel"], written["dreamer"]["critic"]["rows"]
+    del written["dreamer"]["critic"]["followed"]
     before = from_json(json.dumps(written))
-    assert differences(before, now) == ["model.keypoint.kernel: 3 → 1", "dreamer.critic.rows: all → split"]
-    as_it_was = ["--model.keypoint.kernel", "3", "--dreamer.critic.rows", "all"]
+    assert differences(before, now) == [
+        "model.keypoint.kernel: 3 → 1",
+        "dreamer.critic.rows: all → split",
+        "dreamer.critic.followed: all → first",
+    ]
+    as_it_was = ["--model.keypoint.kernel", "3", "--dreamer.critic.rows", "all", "--dreamer.critic.followed", "all"]
     assert not differences(before, parse_args([*command, *as_it_was]))
 
 
