@@ -113,10 +113,6 @@ class CriticConfig:
     rows: Literal["all", "split"] = "all"
     """all: every imagined row teaches every member. split: all rows that follow from a start teach one of them, in turn
     with those from other starts, which is that much cheaper. Replayed rows teach every member."""
-    followed: Literal["all", "first"] = "all"
-    """Through whose slow copies gradients of imagined values reach the policy. all: every member's, as far as the value
-    depends on it. first: the first one's alone, as in TD3 (arXiv 1802.09477), which is cheaper. The value is the same
-    either way."""
     units: int = 128
     """Units of each hidden layer."""
     layers: int = 2
@@ -164,19 +160,7 @@ class Critic(nn.Module):
 
     def value(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """What bootstraps: see :class:`CriticConfig`."""
-        return self._cautious(self.code.mean(self._logits(self.slow, feat)))
-
-    def imagined_value(self, feat: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
-        """The same, with the gradients that the policy follows: see ``followed`` of :class:`CriticConfig`."""
-        if self.config.followed == "all":
-            return self.value(feat)
-        first = self.code.mean(self._logits(self.slow[:1], feat))
-        with torch.no_grad():
-            others = self.code.mean(self._logits(self.slow[1:], feat)) if len(self.slow) > 1 else first[:0]
-            value = self._cautious(torch.cat([first, others]))
-        return value + (first[0] - first[0].detach())
-
-    def _cautious(self, values: Float[Tensor, "members *N"]) -> Float[Tensor, "*N"]:
+        values = self.code.mean(self._logits(self.slow, feat))
         if len(self.slow) == 1 or self.config.pessimism == 0:
             return values.mean(0)
         return values.mean(0) - self.config.pessimism * 0.5 * (values.amax(0) - values.amin(0))

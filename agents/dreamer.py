@@ -344,24 +344,20 @@ class DreamerAgent:
             return self._imagined_losses(*self._imagine(state))
 
     def _imagined_losses(
-        self,
-        decided: Float[Tensor, "H N F"],
-        reached: Float[Tensor, "H N F"],
-        log_probs: Float[Tensor, "N H"],
-        entropies: Float[Tensor, "N H"],
+        self, feats: Float[Tensor, "H1 N F"], log_probs: Float[Tensor, "N H"], entropies: Float[Tensor, "N H"]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Of what was imagined: the policy's loss, the critic's, and metrics."""
         cfg = self.config
-        rows, shape = reached.flatten(0, 1), reached.shape[:2]
-        value, reward, cont = (x.view(shape).t() for x in (self.critic.imagined_value(rows), *self.model.outcome(rows)))
+        shape = feats.shape[:2]
+        value = self.critic.value(feats.flatten(0, 1)).view(shape).t()
+        reward, cont = (x.view(-1, shape[1]).t() for x in self.model.outcome(feats[1:].flatten(0, 1)))
         discount = cfg.discount * cont
-        returns = lambda_return(reward, discount, value, cfg.lam)
+        returns = lambda_return(reward, discount, value[:, 1:], cfg.lam)
         weight = torch.cumprod(torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1]], 1), 1).detach()
         scale = self.scale(returns)
-        baseline = torch.cat([self.critic.value(decided[0])[:, None], value[:, :-1].detach()], 1)
-        loss = self.estimator(Imagined(returns, baseline, log_probs, scale))
+        loss = self.estimator(Imagined(returns, value[:, :-1].detach(), log_probs, scale))
         policy_loss = (weight * (loss - cfg.entropy * entropies)).mean()
-        critic_loss = (weight.t() * self.critic.imagined_loss(decided, returns.detach().t())).mean()
+        critic_loss = (weight.t() * self.critic.imagined_loss(feats[:-1].detach(), returns.detach().t())).mean()
         means = {
             "policy_loss": policy_loss.detach(),
             "critic_loss": critic_loss.detach(),
@@ -373,21 +369,18 @@ class DreamerAgent:
         shares = {name: ranks.share(mean) for name, mean in means.items()}
         return ranks.share(policy_loss), ranks.share(critic_loss), shares
 
-    def _imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """H decisions from N states: the features that they were made on, without gradients, and those that they led to
-        (H,N,F); log probabilities and entropies (N,H)."""
-        feat, decided, reached, decisions = self.model.feat(state), [], [], []
+    def _imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """H decisions from N states: features (H+1,N,F), log probabilities and entropies (N,H)."""
+        feats, decisions = [self.model.feat(state)], []
         for _ in range(self.config.horizon):
-            decided.append(feat.detach())
-            mean, std = self.policy(decided[-1])
+            mean, std = self.policy(feats[-1].detach())
             noise = torch.randn_like(std)
             decisions.append(torch.stack([mean, std, noise]))
             with torch.set_grad_enabled(self.estimator.through_dynamics):
                 state = self.model.imagine(state, self.policy.action(mean, std, noise))
-                feat = self.model.feat(state)
-            reached.append(feat)
+                feats.append(self.model.feat(state))
         entropies, log_probs = self.policy.densities(*torch.stack(decisions, 2).unbind(0))
-        return torch.stack(decided), torch.stack(reached), log_probs, entropies
+        return torch.stack(feats), log_probs, entropies
 
     def monitors(self, batch: Batch) -> dict[str, float]:
         self.model.eval()

@@ -17,7 +17,7 @@ def reference(config: Config | None = None) -> Config:
     """About 12M parameters learning from 16 × 64 frames of 64×64 pixels, with 15 steps imagined from 1,024 of them:
     the CUDA preset with wider layers. Eight steps of rollout loss, as there.
 
-    What is no size (task, seed, device, how an update is run, how critics are taught) is ``config``'s.
+    What is no size (task, seed, device, how an update is run, which rows teach a critic) is ``config``'s.
     """
     cuda, units = presets()["cuda"], 768
     config = config or replace(cuda, task="dmc/walker-walk")
@@ -35,7 +35,7 @@ def reference(config: Config | None = None) -> Config:
             horizon=15,
             starts=1024,
             policy=PolicyConfig(units=units),
-            critic=replace(config.dreamer.critic, units=units),
+            critic=replace(cuda.dreamer.critic, units=units, rows=config.dreamer.critic.rows),
             precision=config.dreamer.precision,
         ),
         loop=replace(cuda.loop, train_ratio=config.loop.train_ratio),

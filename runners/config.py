@@ -140,7 +140,7 @@ def presets() -> dict[str, Config]:
     cpu = Config(
         env_steps=480_000 if computes_bf16(torch.device("cpu")) else 320_000,
         model=LeWMConfig(keypoint=KeypointConfig(kernel=1)),
-        dreamer=DreamerConfig(critic=CriticConfig(rows="split", followed="first")),
+        dreamer=DreamerConfig(critic=CriticConfig(rows="split")),
         # As good as the fields' own defaults, cheaper and smoother: one search, and more elites. Five ahead score
         # better and cost half as much again, which is too dear while collecting.
         mpc=MPCConfig(horizon=5, collecting_horizon=3, mppi=MPPIConfig(iterations=1, elites=16, temperature=1.0)),
@@ -152,7 +152,7 @@ def presets() -> dict[str, Config]:
         model=LeWMConfig(latent_dim=128, rollout=8, head_units=256, sigreg_weight=0.0125),
         dreamer=DreamerConfig(
             policy=PolicyConfig(units=256),
-            critic=CriticConfig(units=256, rows="split", followed="first"),
+            critic=CriticConfig(units=256, rows="split"),
             horizon=8,
             starts=960,  # of 1,024 rows: a sequence's first ones lack the memory that acting has
             discount=0.99,

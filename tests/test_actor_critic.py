@@ -213,24 +213,6 @@ def test_imagined_rows_teach_every_member_or_those_of_a_start_one_of_them(rows: 
     assert critic.members[1].net[-1].bias.grad.any()
 
 
-@pytest.mark.parametrize("pessimism", [0.0, 1.0])
-@pytest.mark.parametrize("members", [1, 2, 3])
-@pytest.mark.parametrize("followed", ["all", "first"])
-def test_imagined_values_are_values_whose_gradient_may_be_the_first_member_s(
-    followed: str, members: int, pessimism: float
-) -> None:
-    critic = Critic(4, CriticConfig(members=members, followed=followed, pessimism=pessimism, units=8, layers=1))
-    with torch.no_grad():
-        for slow in critic.slow:
-            slow.net[-1].weight.normal_()
-    feat = torch.randn(3, 5, 4, requires_grad=True)
-    value = critic.imagined_value(feat)
-    torch.testing.assert_close(value, critic.value(feat))
-    (gradient,) = torch.autograd.grad(value.sum(), feat)
-    (expected,) = torch.autograd.grad((critic.value if followed == "all" else critic.slow[0])(feat).sum(), feat)
-    torch.testing.assert_close(gradient, expected)
-
-
 def test_value_reads_the_slow_copies_only() -> None:
     critic, feat = Critic(4, CriticConfig(members=2, units=8, layers=1)), torch.randn(5, 4)
     with torch.no_grad():

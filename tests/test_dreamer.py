@@ -483,7 +483,7 @@ class KnownValue(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.value = self.imagined_value = function
+        self.value = function
         self.unused = nn.Parameter(torch.zeros(()))
 
     def loss(self, feat: Tensor, target: Tensor) -> Tensor:
