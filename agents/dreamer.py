@@ -199,7 +199,10 @@ class DreamerAgent:
         return DreamerCarry(state, action, random)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        # PyTorch keeps one store of cast weights for all threads, and whichever leaves autocast empties it: on a
+        # processor, where halves of an update run side by side, how gradients add up would depend on who is faster.
+        kept = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=kept)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from agents.actor_critic import CriticConfig, Pathwise, PolicyConfig
 from agents.beside import SHARED, one_after_the_other, side_by_side
 from agents.dreamer import DreamerAgent, DreamerConfig
 from tests.test_lewm import SMALL, random_batch
-from worldmodels.interface import Batch
+from worldmodels.interface import Batch, State
 from worldmodels.lewm import build_world_model
 
 CONFIG = DreamerConfig(policy=PolicyConfig(units=16), critic=CriticConfig(units=16), horizon=3, starts=8)
@@ -55,9 +55,9 @@ def test_an_error_in_either_arrives_when_both_are_done(fails: str) -> None:
     assert side_by_side(lambda: 1, lambda: 2) == (1, 2)
 
 
-def learner() -> DreamerAgent:
+def learner(config: DreamerConfig = CONFIG) -> DreamerAgent:
     torch.manual_seed(7)
-    agent = DreamerAgent(build_world_model((3, 16, 16), 2, replace(SMALL, encoder="keypoint")), 2, Pathwise(), CONFIG)
+    agent = DreamerAgent(build_world_model((3, 16, 16), 2, replace(SMALL, encoder="keypoint")), 2, Pathwise(), config)
     agent.start(batches()[0].obs.flatten(0, 1))
     return agent
 
@@ -89,6 +89,28 @@ def test_an_update_is_the_same_bits_side_by_side_as_in_order(monkeypatch: pytest
     monkeypatch.setattr(torch, "set_num_threads", lambda n: set_num_threads(1))
     together, same = learned(beside)
     assert {name: float(x) for name, x in together.items()} == {name: float(x) for name, x in metrics.items()}
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+
+
+def test_a_thread_that_leaves_autocast_meanwhile_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, precision="bf16")
+    metrics, weights = learned(learner(config))
+    disturbed = learner(config)
+    imagine = disturbed.model.imagine
+
+    def leave() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            pass
+
+    def imagine_while_another_leaves(state: State, action: Tensor) -> State:
+        other = threading.Thread(target=leave)
+        other.start()
+        other.join()
+        return imagine(state, action)
+
+    monkeypatch.setattr(disturbed.model, "imagine", imagine_while_another_leaves)
+    again, same = learned(disturbed)
+    assert {name: float(x) for name, x in again.items()} == {name: float(x) for name, x in metrics.items()}
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
