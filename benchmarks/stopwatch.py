@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 
@@ -96,20 +97,25 @@ class Stopwatch:
         return cost_of(work, calls, self.device).wall_s
 
 
-def as_table(results: Results, title: str) -> Table:
-    """One row for each figure: value, unit, lowest to highest, note."""
+def as_table(results: Results, title: str) -> Group:
+    """One row for each figure, with its unit, lowest and highest; below it what the figures are of, a line or more each,
+    because beside them a note would be folded into a column of a few letters."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("what", "median", "unit", "low – high"):
         table.add_column(column, justify="right" if column in ("median", "low – high") else "left", no_wrap=True)
-    table.add_column("")
+    notes = Table(box=None, show_header=False, padding=(0, 1))
+    notes.add_column(no_wrap=True)
+    notes.add_column()
     suite = None
     for name, one in results.items():
         if suite not in (None, name.partition("/")[0]):
             table.add_section()
         suite = name.partition("/")[0]
         spread = "" if one.low is None or one.high is None else f"{_short(one.low)} – {_short(one.high)}"
-        table.add_row(name, _short(one.value), one.unit, spread, one.note)
-    return table
+        table.add_row(name, _short(one.value), one.unit, spread)
+        if one.note:
+            notes.add_row(name, one.note)
+    return Group(table, notes)
 
 
 def _short(value: float) -> str:
