@@ -98,7 +98,7 @@ class Stopwatch:
 
 
 def as_table(results: Results, title: str) -> Group:
-    """One row for each figure, with its unit, lowest and highest; below it what the figures are of, on lines of their own,
+    """One row for each figure, with its unit, lowest and highest; below it what they are of, on lines of their own,
     because beside them a note would be folded into a column of a few letters."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("what", "median", "unit", "low – high"):
