@@ -91,8 +91,8 @@ class Config:
     """CPU threads that PyTorch uses, in each process that learns. 0: all cores that Slurm, a container or taskset
     leaves to the run, shared by those."""
     preset: str = "auto"
-    """Defaults of everything else: cpu, cuda or state; auto is cuda where there is one, else cpu. state is for
-    observations of states, on either."""
+    """Defaults of everything else: cpu, cuda or state; auto is cuda where there is one, else state where states are
+    observed, else cpu."""
     gradient: Literal["pathwise", "reinforce"] = "pathwise"
     """How imagined returns become a policy gradient."""
     compile: Compilation = "auto"
@@ -183,20 +183,20 @@ def parse_args(args: Sequence[str]) -> Config:
         ConfigError: an unknown preset.
     """
     choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
-    default = defaults(choice.preset, choice.device)
+    default = defaults(choice.preset, choice.device, choice.env.obs)
     config = tyro.cli(Config, default=default, args=args, prog="python -m runners.train")
     return dataclasses.replace(config, preset=default.preset)
 
 
-def defaults(preset: str, device: str) -> Config:
-    """The preset of this name; ``auto`` is that of the device.
+def defaults(preset: str, device: str, obs: str) -> Config:
+    """The preset of this name; ``auto`` is that of the device and, on a processor, of what is observed.
 
     Raises:
         ConfigError: an unknown preset; says the closest.
     """
     if preset == "auto":
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        preset = "cuda" if cuda else "cpu"
+        preset = "cuda" if cuda else "state" if obs == "state" else "cpu"
     table = presets()
     if preset not in table:
         hint = closest(preset, table)
@@ -239,11 +239,17 @@ def adjust(config: Config, settings: Mapping[str, Any]) -> Config:
 
 
 @dataclass(frozen=True)
+class _ChoiceOfEnv:
+    obs: str = "pixels"
+
+
+@dataclass(frozen=True)
 class _Choice:
-    """The two flags that decide the defaults of all others."""
+    """The flags that decide the defaults of all others."""
 
     preset: str = "auto"
     device: str = "auto"
+    env: _ChoiceOfEnv = field(default_factory=_ChoiceOfEnv)
 
 
 def resolve_device(name: str) -> torch.device:

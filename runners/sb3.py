@@ -58,6 +58,7 @@ from runners.spaces import (
     bounds,
     box_of,
     boxes,
+    observes,
     readable,
     refuse_other_spaces,
     task_name,
@@ -78,8 +79,9 @@ class Algorithm(BaseAlgorithm):
     Args:
         env: a task's name, as ``dmc/walker-walk`` or ``dmc/walker-walk-v0``, seen as ``config.env`` says; or a
             Gymnasium environment; or a VecEnv, for several environments or processes.
-        config: every setting; by default those of ``preset`` (cpu, cuda, state, or auto, which follows the device),
-            with one environment. Its ``task``, ``agent``, ``run_dir`` and ``env_steps`` do not count here.
+        config: every setting; by default those of ``preset`` (cpu, cuda, state, or auto, which follows the device and
+            the observations), with one environment. Its ``task``, ``agent``, ``run_dir`` and ``env_steps`` do not count
+            here.
         run_dir: where ``replay/`` is kept; None: in a temporary folder, which goes with the model.
         settings: fields of the configuration, as ``seed=2``, ``num_envs=4``, ``**{"dreamer.horizon": 8}``.
 
@@ -105,7 +107,8 @@ class Algorithm(BaseAlgorithm):
         **settings: Any,
     ) -> None:
         if config is None:
-            config = replace(defaults(preset, settings.get("device", "auto")), num_envs=1)
+            obs = settings.get("env.obs", "pixels") if isinstance(env, str) else observes(env)
+            config = replace(defaults(preset, settings.get("device", "auto"), obs), num_envs=1)
         config = replace(adjust(config, settings), task=task_name(env), agent=self.agent_name)
         check_numbers(config)
         if config.init_from is not None:

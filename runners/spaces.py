@@ -35,6 +35,11 @@ def task_name(env: TaskOrEnv) -> str:
     return type(env.unwrapped).__name__ if spec is None else str(spec.id)
 
 
+def observes(env: gym.Env | VecEnv) -> str:
+    """state or pixels, as ``EnvConfig.obs``."""
+    return "state" if len(env.observation_space.shape or ()) == 1 else "pixels"
+
+
 def as_vec_env(env: TaskOrEnv, config: Config, *, verbose: int) -> VecEnv:
     """``env`` as Stable-Baselines3 wraps it, images channel-first. A task's name gives ``config.num_envs`` copies in
     this process, which play the episodes of ``runners.train`` with the same seed; anything else is seeded here.

@@ -84,6 +84,16 @@ def test_cuda_preset_follows_the_device_that_was_asked_for() -> None:
     assert config == dataclasses.replace(presets()["cuda"], device="cuda", preset="cuda")
 
 
+def test_the_preset_follows_what_is_observed_where_there_is_no_gpu() -> None:
+    states = ["--device", "cpu", "--env.obs", "state"]
+    assert parse_args(states) == dataclasses.replace(presets()["state"], device="cpu", preset="state")
+    assert parse_args([*states, "--loop.train-ratio", "2"]).loop.train_ratio == 2
+    for obs in ("pixels", "both"):
+        assert parse_args(["--device", "cpu", "--env.obs", obs]).preset == "cpu"
+    assert parse_args(["--device", "cuda", "--env.obs", "state"]).preset == "cuda"
+    assert parse_args(["--preset", "cpu", "--env.obs", "state"]).preset == "cpu"
+
+
 def test_flags_override_the_preset() -> None:
     config = parse_args(["--preset", "cuda", "--loop.length", "32", "--model.conv.channels", "8", "16"])
     assert config.loop == dataclasses.replace(presets()["cuda"].loop, length=32)

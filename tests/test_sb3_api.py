@@ -85,7 +85,7 @@ def test_learning_is_that_of_runners_train_bit_for_bit(num_envs: int, agent: str
     }
     whole = config(tmp_path / "run", settings, task=TASK, agent=agent, env_steps=8 * steps)
     assert train(whole, quiet=True) is not None
-    model = {"dreamer": Dreamer, "mpc": MPC}[agent](f"{TASK}-v0", preset="cpu", **settings).learn(steps)
+    model = {"dreamer": Dreamer, "mpc": MPC}[agent](f"{TASK}-v0", **settings).learn(steps)
     trained = newest_state(tmp_path / "run")
     assert trained["updates"] == model.updates > 4
     state = model.agent.state_dict()
@@ -233,6 +233,14 @@ def test_a_gymnasium_environment_and_images_with_channels_last(learned: Path) ->
     assert np.array_equal(first, second)
     assert many.shape == (2, 1)
     assert model.collector.env_steps == 12 * 8
+
+
+def test_the_preset_follows_the_observations() -> None:
+    assert Dreamer(TASK, device="cpu", **{"env.obs": "state"}).config.preset == "state"
+    assert Dreamer(cartpole(), device="cpu").config.preset == "state"
+    assert Dreamer(DummyVecEnv([cartpole, cartpole]), device="cpu").config.preset == "state"
+    assert Dreamer(TASK, device="cpu").config.preset == "cpu"
+    assert Dreamer(cartpole(obs="pixels"), device="cpu").config.preset == "cpu"
 
 
 def test_actions_are_scaled_to_the_environments_box() -> None:
