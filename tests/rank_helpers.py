@@ -29,7 +29,7 @@ from worldmodels.interface import Batch, State
 from worldmodels.lewm import build_world_model
 from worldmodels.sigreg import sigreg
 
-MODEL = replace(SMALL, cut_windows=False)
+MODEL = replace(SMALL, cut_windows=False, inverse_weight=0.5)
 AGENT = DreamerConfig(
     policy=PolicyConfig(units=16),
     critic=CriticConfig(units=16, rows="split"),

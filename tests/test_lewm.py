@@ -1,6 +1,7 @@
 """LeWorldModel: the timeline, proven with exact toy worlds; memory; gradients; collapse and how SIGReg prevents it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -208,11 +209,12 @@ def test_errors_of_a_drifting_model_grow_as_computed_by_hand() -> None:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
-    weights = {"sigreg_weight": 0.5, "rollout_weight": 0.25, "reward_weight": 3.0, "cont_weight": 2.0}
+    weights = {"sigreg_weight": 0.5, "rollout_weight": 0.25, "inverse_weight": 4.0}
+    weights |= {"reward_weight": 3.0, "cont_weight": 2.0}
     model = build_world_model((5,), 2, replace(SMALL, **weights))
     loss, _, terms = model.loss(random_batch((5,), 8))
     expected = terms["pred_loss"] + sum(
-        weights[f"{n}_weight"] * terms[f"{n}_loss"] for n in ("sigreg", "rollout", "reward", "cont")
+        weights[f"{n}_weight"] * terms[f"{n}_loss"] for n in ("sigreg", "rollout", "inverse", "reward", "cont")
     )
     torch.testing.assert_close(loss, expected)
     assert not any(term.requires_grad for term in terms.values())
@@ -224,6 +226,38 @@ def test_a_weight_of_zero_removes_a_term() -> None:
     assert set(terms) == {"pred_loss", "sigreg_loss"}
     _, _, terms = build_world_model((5,), 2, replace(SMALL, rollout=1)).loss(random_batch((5,), 8))
     assert "rollout_loss" not in terms
+
+
+class Acceleration(nn.Module):
+    """What an inverse model of a ``Momentum`` world tells from the newest latent and its last two changes: the newest
+    action, and half of the one before, which it cannot tell apart."""
+
+    def forward(self, read: Tensor) -> Tensor:
+        return read[..., 1:2] - read[..., 2:3]
+
+
+@pytest.mark.parametrize(
+    ("starts", "spans"), [((), range(10)), ((0, 6), [0, 1, 2, 3, 6, 7, 8, 9]), ((4,), [0, 1, 4, 5, 6, 7, 8, 9])]
+)
+def test_an_inverse_model_is_asked_for_the_last_action_between_latents_of_one_episode(
+    starts: tuple[int, ...], spans: Sequence[int]
+) -> None:
+    """Of the three rows from t on it is wrong by half of the action at t, and by nothing else."""
+    batch = exact_world(Momentum(), 12, starts)
+    model = toy(Momentum(), inverse_weight=1.0)
+    model.inverse_head = Acceleration()  # type: ignore[assignment]
+    wrong = (batch.action[:, list(spans)] / 2).square().mean()
+    assert float(model.loss(batch)[2]["inverse_loss"]) == pytest.approx(float(wrong), rel=1e-6)
+
+
+def test_an_inverse_model_shapes_the_latents() -> None:
+    model = build_world_model((5,), 2, replace(SMALL, inverse_weight=1.0))
+    batch = random_batch((5,), 8)
+    _, embedded = model.embed(batch)
+    model._inverse_loss(batch, embedded.z).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())
+    with pytest.raises(ValueError, match="more than 3 rows, got 3"):
+        model.loss(random_batch((5,), 3))
 
 
 @pytest.mark.parametrize("rollout", [1, 6])

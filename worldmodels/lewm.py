@@ -29,7 +29,7 @@ from worldmodels.encoder import (
     StateEncoder,
     random_shift,
 )
-from worldmodels.heads import ContinueHead, ScalarHead, mlp_trunk
+from worldmodels.heads import ContinueHead, ScalarHead, mlp, mlp_trunk
 from worldmodels.interface import Batch, CachingPredictor, Metrics, Predicted, Predictor, State, WorldModel
 from worldmodels.predictor import WindowConfig, WindowPredictor
 from worldmodels.sigreg import effective_rank, random_directions, sigreg
@@ -80,6 +80,9 @@ class LeWMConfig:
     """Units of the hidden layer that the reward and continue heads read."""
     reward_limit: float = 4.0
     """The reward head's bins span ±symexp(limit), in reward summed over the action repeat."""
+    inverse_weight: float = 0.0
+    """Weight of an inverse model's squared error, whose gradient reaches the encoder: it tells each action from the
+    latents around it (PLDM, arXiv 2502.14819), so that what actions move has to be in them. 0: no inverse model."""
     shift_pixels: int = 0
     """Random shift of the training images (DrQ), in pixels. 0: none."""
 
@@ -188,6 +191,8 @@ class LeWorldModel(WorldModel):
         self.head_trunk = mlp_trunk([self.feat_dim, config.head_units])
         self.reward_head = ScalarHead(config.head_units, layers=0, limit=config.reward_limit)
         self.cont_head = ContinueHead(config.head_units, layers=0)
+        if config.inverse_weight:
+            self.inverse_head = mlp([config.latent_dim * (self.history + 1), config.head_units, action_dim])
 
     # -- acting and imagining ------------------------------------------------------------------------------------------
 
@@ -349,6 +354,9 @@ class LeWorldModel(WorldModel):
         if rolled.steps > 1 and cfg.rollout_weight:
             terms["rollout_loss"] = errors[1:].mean()
             loss = loss + cfg.rollout_weight * terms["rollout_loss"]
+        if cfg.inverse_weight:
+            terms["inverse_loss"] = self._inverse_loss(batch, z)
+            loss = loss + cfg.inverse_weight * terms["inverse_loss"]
         if cfg.reward_weight or cfg.cont_weight:
             weight = torch.cat([known / of_known.clamp(min=1), rolled.alive / of_alive.sum().clamp(min=1)])
             head_terms = self._head_losses(batch, feat, rolled.row, weight)
@@ -395,6 +403,18 @@ class LeWorldModel(WorldModel):
         """1 for each row whose reward follows from what is remembered: no action led to an is_first row."""
         row = torch.arange(batch.reward.shape[1], device=batch.reward.device)
         return (~batch.is_first & self._remembered(batch.is_first) & (row > 0)).flatten().float()
+
+    def _inverse_loss(self, batch: Batch, z: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
+        """Mean squared error of the last action in each span of K + 1 rows within one episode, told from its latents:
+        the newest, and how they came to move."""
+        spans = z.shape[1] - self.history
+        if spans < 1:
+            raise ValueError(f"the inverse model needs sequences of more than {self.history} rows, got {z.shape[1]}")
+        moved = (z[:, 1:] - z[:, :-1]).unfold(1, self.history, 1).flip(-1)  # newest first
+        told = self.inverse_head(torch.cat([z[:, self.history :], moved.transpose(-1, -2).flatten(2)], -1))
+        error = (told - batch.action[:, self.history - 1 : -1]).square().mean(-1)
+        within = (~batch.is_first[:, 1:].unfold(1, self.history, 1).any(-1)).float()
+        return (error * within).sum() / ranks.sum_over_ranks(within.sum()).clamp(min=1)
 
     def _head_losses(
         self, batch: Batch, feat: Float[Tensor, "M F"], predicted: Int[Tensor, " R"], weight: Float[Tensor, " M"]
