@@ -175,7 +175,8 @@ def presets() -> dict[str, Config]:
 
 
 def parse_args(args: Sequence[str]) -> Config:
-    """The command line as a Config: the preset's defaults, then what the flags say.
+    """The command line as a Config: the preset's defaults, then what the flags say. ``--overlap false`` is
+    ``--no-overlap``, as ``--compile false`` is written.
 
     Exits with 2, naming the closest matches, on an unknown flag or value.
 
@@ -184,6 +185,7 @@ def parse_args(args: Sequence[str]) -> Config:
     """
     choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
     default = defaults(choice.preset, choice.device, choice.env.obs)
+    args = _switches(args, [name for name, value in _flat(dataclasses.asdict(default)).items() if type(value) is bool])
     config = tyro.cli(Config, default=default, args=args, prog="python -m runners.train")
     return dataclasses.replace(config, preset=default.preset)
 
@@ -371,6 +373,21 @@ def differences(old: Config, new: Config) -> list[str]:
     before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     changed = [name for name in before if name not in _NOT_THE_RUN and before[name] != after[name]]
     return [f"{name}: {before[name]} → {after[name]}" for name in changed]
+
+
+def _switches(args: Sequence[str], names: Sequence[str]) -> list[str]:
+    """With ``--name true`` and ``--name false`` as ``--name`` and ``--no-name``, those of a group as
+    ``--group.no-name``."""
+    out: list[str] = []
+    for arg in args:
+        flag, said = out[-1] if out else "", arg.lower()
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in names and said in ("true", "false"):
+            group, _, leaf = flag.removeprefix("--").rpartition(".")
+            out[-1] = flag if said == "true" else f"--{group}{'.' if group else ''}no-{leaf}"
+        else:
+            out.append(arg)
+    return out
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -94,6 +94,18 @@ def test_the_preset_follows_what_is_observed_where_there_is_no_gpu() -> None:
     assert parse_args(["--preset", "cpu", "--env.obs", "state"]).preset == "cpu"
 
 
+@pytest.mark.parametrize("said", ["false", "False"])
+def test_a_switch_may_be_told_true_or_false(said: str) -> None:
+    for name in ("overlap", "model.head-gradient", "mpc.terminal_value"):
+        off = parse_args(["--seed", "2", f"--{name}", said, "--threads", "1"])
+        group, _, leaf = name.rpartition(".")
+        assert off == parse_args(["--seed", "2", f"--{group}{'.' if group else ''}no-{leaf}", "--threads", "1"])
+        assert off != parse_args(["--seed", "2", f"--{name}", "true", "--threads", "1"])
+        assert parse_args([f"--{name}", "true"]) == parse_args([f"--{name}"])
+    assert parse_args(["--compile", "false"]).compile == "false"
+    assert parse_args(["--run-dir", "overlap", "--compile", "true"]).run_dir == "overlap"
+
+
 def test_flags_override_the_preset() -> None:
     config = parse_args(["--preset", "cuda", "--loop.length", "32", "--model.conv.channels", "8", "16"])
     assert config.loop == dataclasses.replace(presets()["cuda"].loop, length=32)
