@@ -5,8 +5,8 @@
     loss       ‖ẑ_{t+1} − z_{t+1}‖² + λ · SIGReg(z), gradients through both sides, no stop-gradient, EMA or decoder
 
 For online control it adds a rollout loss (predictions fed back for several steps, as in V-JEPA 2-AC, arXiv 2506.09985)
-and reward and continue heads on real and on rolled-out states; on request an inverse model, too. A weight of 0 removes a
-term.
+and reward and continue heads on real and on rolled-out states; on request an inverse model, too. A weight of 0 removes
+a term.
 """
 
 from __future__ import annotations
