@@ -380,13 +380,12 @@ def _switches(args: Sequence[str], names: Sequence[str]) -> list[str]:
     ``--group.no-name``."""
     out: list[str] = []
     for arg in args:
-        flag, said = out[-1] if out else "", arg.lower()
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in names and said in ("true", "false"):
-            group, _, leaf = flag.removeprefix("--").rpartition(".")
-            out[-1] = flag if said == "true" else f"--{group}{'.' if group else ''}no-{leaf}"
-        else:
+        flag = out[-1].removeprefix("--") if out and out[-1].startswith("--") else ""
+        if flag.replace("-", "_") not in names or arg.lower() not in ("true", "false"):
             out.append(arg)
+        elif arg.lower() == "false":
+            group, dot, leaf = flag.rpartition(".")
+            out[-1] = f"--{group}{dot}no-{leaf}"
     return out
 
 

@@ -209,13 +209,10 @@ def test_errors_of_a_drifting_model_grow_as_computed_by_hand() -> None:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
-    weights = {"sigreg_weight": 0.5, "rollout_weight": 0.25, "inverse_weight": 4.0}
-    weights |= {"reward_weight": 3.0, "cont_weight": 2.0}
-    model = build_world_model((5,), 2, replace(SMALL, **weights))
+    weights = {"sigreg": 0.5, "rollout": 0.25, "inverse": 4.0, "reward": 3.0, "cont": 2.0}
+    model = build_world_model((5,), 2, replace(SMALL, **{f"{name}_weight": w for name, w in weights.items()}))
     loss, _, terms = model.loss(random_batch((5,), 8))
-    expected = terms["pred_loss"] + sum(
-        weights[f"{n}_weight"] * terms[f"{n}_loss"] for n in ("sigreg", "rollout", "inverse", "reward", "cont")
-    )
+    expected = terms["pred_loss"] + sum(weight * terms[f"{name}_loss"] for name, weight in weights.items())
     torch.testing.assert_close(loss, expected)
     assert not any(term.requires_grad for term in terms.values())
 
@@ -233,7 +230,7 @@ class Acceleration(nn.Module):
     action, and half of the one before, which it cannot tell apart."""
 
     def forward(self, read: Tensor) -> Tensor:
-        return read[..., 1:2] - read[..., 2:3]
+        return read[..., 2:3] - read[..., 1:2]
 
 
 @pytest.mark.parametrize(

@@ -406,15 +406,14 @@ class LeWorldModel(WorldModel):
         return (~batch.is_first & self._remembered(batch.is_first) & (row > 0)).flatten().float()
 
     def _inverse_loss(self, batch: Batch, z: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
-        """Mean squared error of the last action in each span of K + 1 rows within one episode, told from its latents:
+        """Mean squared error of the last action in each window of K + 1 rows within one episode, told from its latents:
         the newest, and how they came to move."""
-        spans = z.shape[1] - self.history
-        if spans < 1:
+        if z.shape[1] <= self.history:
             raise ValueError(f"the inverse model needs sequences of more than {self.history} rows, got {z.shape[1]}")
-        moved = (z[:, 1:] - z[:, :-1]).unfold(1, self.history, 1).flip(-1)  # newest first
-        told = self.inverse_head(torch.cat([z[:, self.history :], moved.transpose(-1, -2).flatten(2)], -1))
-        error = (told - batch.action[:, self.history - 1 : -1]).square().mean(-1)
-        within = (~batch.is_first[:, 1:].unfold(1, self.history, 1).any(-1)).float()
+        windows, actions, valid = unfold_windows(z, batch.action, batch.is_first, self.history + 1)
+        told = self.inverse_head(torch.cat([windows[:, -1], differences(windows, valid)], -1))
+        error = (told - actions[:, -2]).square().mean(-1)
+        within = valid.all(1).float()
         return (error * within).sum() / ranks.sum_over_ranks(within.sum()).clamp(min=1)
 
     def _head_losses(
